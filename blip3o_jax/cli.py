@@ -1,0 +1,263 @@
+"""The `blip3o` command (floor 8): parse, call, print. No logic.
+
+Exit status: 0 done; 1 a check failed; 2 usage or input error, one line on stderr; 75 pre-empted, everything is saved.
+Every command imports what it needs when it runs, so that `--help` and a mistyped word answer at once.
+"""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from blip3o_jax import __version__
+from blip3o_jax.errors import CheckFailed, Preempted, UserError
+
+EXIT_CHECK_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75  # 75 is EX_TEMPFAIL: run me again
+
+# What the operating system refuses because of what it was asked to work on; the rest are bugs and keep their traceback.
+_INPUT_ERRNOS = {
+  errno.ENOENT,
+  errno.EACCES,
+  errno.EPERM,
+  errno.EEXIST,
+  errno.EISDIR,
+  errno.ENOTDIR,
+  errno.EROFS,
+  errno.ENOSPC,
+  errno.EDQUOT,
+}
+_NO_SPACE = "No space left on device"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Run one command; returns the exit status. `argv` defaults to the words after the program's name."""
+  parser = make_parser()
+  # The words of `--config.a.b=value` are the experiment's own, so argparse cannot know them.
+  args, rest = parser.parse_known_args(argv)
+  args.overrides = [word for word in rest if word.startswith("--config.")] if hasattr(args, "config") else []
+  if unknown := [word for word in rest if word not in args.overrides]:
+    parser.error(f"unknown argument {unknown[0]}; `blip3o {args.command} --help` lists them")
+  try:
+    args.call(args)
+    sys.stdout.flush()
+    return 0
+  except CheckFailed as error:
+    return _told(error, EXIT_CHECK_FAILED)
+  except UserError as error:
+    return _told(error, EXIT_USAGE)
+  except Preempted as error:
+    return _told(error, EXIT_PREEMPTED)
+  except BrokenPipeError:  # the reader has gone (`| head`): nobody to tell
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+  except KeyboardInterrupt:
+    return _told("interrupted", 130)
+  except Exception as error:
+    if isinstance(error, OSError) and error.errno in _INPUT_ERRNOS:
+      where = f"{error.filename}: " if error.filename else ""
+      return _told(f"{where}{error.strerror}", EXIT_USAGE)
+    if _NO_SPACE in str(error):  # checkpoint writers wrap the operating system's error in their own
+      return _told(f"{_NO_SPACE}; free some and run the same command again", EXIT_USAGE)
+    raise
+
+
+def _told(error: object, status: int) -> int:
+  sys.stdout.flush()
+  print(f"blip3o: {' '.join(str(error).split())}", file=sys.stderr)
+  return status
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """The parser of every command; `args.call(args)` runs the chosen one."""
+  parser = _Parser(prog="blip3o", description="BLIP3-o in JAX: train it, draw with it, ask it, prove it.")
+  parser.add_argument("--version", action="version", version=__version__)
+  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+  def command(name, call, help, under=commands):
+    added = under.add_parser(name, help=help, description=help)
+    added.set_defaults(call=call)
+    return added
+
+  def model(added):
+    added.add_argument("--model", required=True, metavar="DIR", help="a model directory, or `micro`, the bundled one")
+
+  quickstart = command("quickstart", _quickstart, "the main job in miniature, on this machine")
+  quickstart.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), metavar="DIR")
+  quickstart.add_argument("--from-scratch", action="store_true", help="train every part, not only queries and DiT")
+
+  train = command("train", _train, "train one stage, or go on with it; --config.FIELD=VALUE changes a field")
+  train.add_argument("--config", required=True, type=Path, metavar="FILE", help="an experiment, configs/X.py")
+  train.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="of this run alone")
+
+  generate = command("generate", _generate, "draw pictures for prompts")
+  model(generate)
+  prompts = generate.add_mutually_exclusive_group(required=True)
+  prompts.add_argument("--prompt", nargs="+", metavar="TEXT")
+  prompts.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help='rows of {"prompt": TEXT}')
+  generate.add_argument("--out", required=True, type=Path, metavar="DIR", help="gets PROMPT-NUMBER.png")
+  generate.add_argument("--num", type=_positive, default=4, help="pictures a prompt (default 4)")
+  generate.add_argument("--seed", type=int, default=0)
+  generate.add_argument("--guidance", type=float, default=argparse.SUPPRESS, help="(default: the model's own)")
+  generate.add_argument("--steps", type=_positive, default=argparse.SUPPRESS, help="(default: the model's own)")
+
+  chat = command("chat", _chat, "answer a question, about pictures if there are any")
+  model(chat)
+  chat.add_argument("--image", nargs="+", default=[], type=Path, metavar="FILE")
+  chat.add_argument("--prompt", required=True, metavar="TEXT")
+
+  reconstruct = command("reconstruct", _reconstruct, "draw a picture again from its CLIP features")
+  model(reconstruct)
+  reconstruct.add_argument("--image", required=True, type=Path, metavar="FILE")
+  reconstruct.add_argument("--out", required=True, type=Path, metavar="DIR")
+
+  verify = command("verify", _verify, "replay recorded reference activations; exit status 1 on any miss")
+  verify.add_argument("fixtures", nargs="+", type=Path, metavar="FIXTURE_DIR")
+  verify.add_argument("--json", action="store_true", help="print the result as JSON")
+
+  data = command("data", None, "make and look at data").add_subparsers(
+    dest="data_command", required=True, metavar="COMMAND", parser_class=_Parser
+  )
+  shapes = command("make-shapes", _make_shapes, "write the corpora of the built-in world", data)
+  shapes.add_argument("--out", required=True, type=Path, metavar="DIR")
+  shapes.add_argument("--seed", type=int, default=0)
+  for size in ("contrastive", "pretrain", "instruct", "understanding", "text-only", "held-out", "shard-size"):
+    shapes.add_argument(f"--{size}", type=_count, default=argparse.SUPPRESS, metavar="N")
+  inspect = command("inspect", _inspect, "say what a folder of shards, a shard or a .jsonl holds", data)
+  inspect.add_argument("path", type=Path, metavar="PATH")
+  inspect.add_argument("--num", type=_count, default=3, help="samples to show (default 3)")
+
+  evaluation = command("eval", None, "score a model").add_subparsers(
+    dest="eval_command", required=True, metavar="BENCHMARK", parser_class=_Parser
+  )
+  shapes = command("shapes", _eval_shapes, "does it draw what prompts of the built-in world say?", evaluation)
+  model(shapes)
+  shapes.add_argument("--out", required=True, type=Path, metavar="DIR")
+  shapes.add_argument("--split", choices=("heldout", "seen"), default="heldout")
+  shapes.add_argument("--num", type=_positive, default=4, help="pictures a prompt (default 4)")
+  shapes.add_argument("--seed", type=int, default=0)
+  shapes.add_argument("--limit", type=_positive, metavar="N", help="this many prompts only")
+  shapes.add_argument(
+    "--questions", type=Path, metavar="DIR", help="understanding/ of a corpus: ask its held-out ones too"
+  )
+  return parser
+
+
+class _Parser(argparse.ArgumentParser):
+  def __init__(self, **kwargs):
+    super().__init__(**kwargs, allow_abbrev=False)  # `--num` must not be taken for a future `--num-hosts`
+
+  def error(self, message: str):
+    """One line, as for every other input error (argparse would print the usage before it)."""
+    self.exit(EXIT_USAGE, f"blip3o: {' '.join(message.split())}\n")
+
+
+def _count(text: str) -> int:
+  if (value := int(text)) < 0:
+    raise argparse.ArgumentTypeError(f"{text} is below 0")
+  return value
+
+
+def _positive(text: str) -> int:
+  if (value := int(text)) < 1:
+    raise argparse.ArgumentTypeError(f"{text} is below 1")
+  return value
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict:
+  """Those of the options that were given: a default is written down once, in what is called."""
+  return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+# ---- the commands
+
+
+def _quickstart(args):
+  from blip3o_jax.sharding import distributed
+
+  distributed.start()  # before anything touches a device
+  from blip3o_jax.apps import quickstart
+
+  quickstart.run(args.workdir, args.from_scratch)
+
+
+def _train(args):
+  from blip3o_jax.training.config import load_config
+
+  config = load_config(args.config, args.overrides)  # a slip answers before jax starts
+  from blip3o_jax.training.trainer import train
+
+  train(config, args.workdir)
+
+
+def _generate(args):
+  from blip3o_jax.data.inputs import read_prompts
+  from blip3o_jax.evaluation.shapes import encode_png, write_atomically
+  from blip3o_jax.inference.model import load
+
+  prompts = args.prompt or read_prompts(args.prompts)
+  model = load(args.model)
+  drawn = model.generate(prompts, num=args.num, seed=args.seed, **_given(args, "guidance", "steps"))
+  for i, (prompt, pictures) in enumerate(zip(prompts, drawn, strict=True)):
+    for n, picture in enumerate(pictures):
+      path = args.out / f"{i:03d}-{n}.png"
+      write_atomically(path, encode_png(picture))
+      print(f"{path}  {prompt}", flush=True)
+
+
+def _chat(args):
+  from blip3o_jax.inference.model import load
+
+  print(load(args.model).chat(args.prompt, images=args.image))
+
+
+def _reconstruct(args):
+  from blip3o_jax.evaluation.shapes import encode_png, write_atomically
+  from blip3o_jax.inference.model import load
+
+  path = args.out / f"{args.image.stem}.png"
+  write_atomically(path, encode_png(load(args.model).reconstruct(args.image)[0]))
+  print(path)
+
+
+def _verify(args):
+  from blip3o_jax import verification
+
+  verification.verify(args.fixtures, as_json=args.json)
+
+
+def _make_shapes(args):
+  from blip3o_jax.data.shapes_corpus import make_shapes
+
+  sizes = ("contrastive", "pretrain", "instruct", "understanding", "text_only", "held_out", "shard_size")
+  print(make_shapes(args.out, seed=args.seed, **_given(args, *sizes)))
+
+
+def _inspect(args):
+  from blip3o_jax.data.inputs import describe
+
+  for line in describe(args.path, args.num):
+    print(line)
+
+
+def _eval_shapes(args):
+  from blip3o_jax.evaluation import shapes
+
+  score = shapes.run(
+    args.model,
+    args.out,
+    split=args.split,
+    num=args.num,
+    seed=args.seed,
+    questions_dir=args.questions,
+    limit=args.limit,
+  )
+  print(f"{'family':<16} {'right':>6} {'control':>8}")
+  for family, right in score.families.items():
+    print(f"{family:<16} {right:6.3f} {score.control_families.get(family, 0.0):8.3f}")
+  print(f"{'overall':<16} {score.overall:6.3f} {score.control:8.3f}")
+  print(f"standard error {score.standard_error:.3f}, {score.pictures} pictures")
+  for name, kinds in score.understanding.items():
+    print(f"questions, {name}: " + ", ".join(f"{kind} {share:.3f}" for kind, share in kinds.items()))
+  print(args.out / "scores.json")

@@ -1,0 +1,142 @@
+"""The tokenizer: Qwen2.5's kind (byte-level BPE, NFC), trained small for the built-in world, or loaded."""
+
+import functools
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from blip3o_jax.errors import UserError
+
+# Qwen2.5's own (in its order), then those that the release adds (spec 4.1).
+QWEN_TOKENS = (
+  "<|endoftext|>",
+  "<|im_start|>",
+  "<|im_end|>",
+  "<|vision_start|>",
+  "<|vision_end|>",
+  "<|image_pad|>",
+  "<|video_pad|>",
+)
+IMAGE_TOKENS = ("[IMG]", "[/IMG]", "<image>")
+_SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+  """Text <-> token ids. Names of special tokens inside a text become those tokens, as in the release.
+
+  Attributes:
+    pad, end, end_of_text: ids of <|endoftext|>, <|im_end|>, <|endoftext|>.
+    image_start: of [IMG], after which the queries come. placeholder: of <image>, which stands for a query.
+    image_pad, video_pad, vision_start, vision_end: around and in place of pictures to be understood.
+  """
+
+  def __init__(self, backend: tokenizers.Tokenizer):
+    """Tokens that the release adds are added where missing. Raises UserError when one of Qwen2.5's own is missing."""
+    missing = [name for name in QWEN_TOKENS if backend.token_to_id(name) is None]
+    if missing:
+      raise UserError(f"the tokenizer lacks {', '.join(missing)}; use one of the Qwen2.5-VL family")
+    backend.add_special_tokens([_special(name) for name in IMAGE_TOKENS if backend.token_to_id(name) is None])
+    self.backend = backend
+    self.pad = self.end_of_text = backend.token_to_id("<|endoftext|>")
+    self.end = backend.token_to_id("<|im_end|>")
+    self.image_start = backend.token_to_id("[IMG]")
+    self.placeholder = backend.token_to_id("<image>")
+    self.image_pad = backend.token_to_id("<|image_pad|>")
+    self.video_pad = backend.token_to_id("<|video_pad|>")
+    self.vision_start = backend.token_to_id("<|vision_start|>")
+    self.vision_end = backend.token_to_id("<|vision_end|>")
+
+  def __len__(self) -> int:
+    return self.backend.get_vocab_size()
+
+  def encode(self, text: str) -> list[int]:
+    """Token ids of a text, nothing added."""
+    return list(_encode(self.backend, text))
+
+  def decode(self, tokens: Iterable[int], skip_special: bool = True) -> str:
+    """The text of token ids."""
+    return self.backend.decode([int(t) for t in tokens], skip_special_tokens=skip_special)
+
+  def save(self, folder) -> None:
+    """tokenizer.json and tokenizer_config.json, as transformers reads them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+      "tokenizer_class": "PreTrainedTokenizerFast",
+      "eos_token": "<|im_end|>",
+      "pad_token": "<|endoftext|>",
+      "bos_token": None,
+      "unk_token": None,
+      "add_bos_token": False,
+      "add_prefix_space": False,
+      "clean_up_tokenization_spaces": False,
+      "additional_special_tokens": [name for name in (*QWEN_TOKENS, *IMAGE_TOKENS)],
+    }
+    for name, content in (
+      ("tokenizer.json", self.backend.to_str(pretty=True)),
+      ("tokenizer_config.json", json.dumps(config, indent=2)),
+    ):
+      temporary = folder / f".{name}.{os.getpid()}.tmp"
+      temporary.write_text(content + "\n", encoding="utf-8")
+      os.replace(temporary, folder / name)
+
+
+@functools.lru_cache(maxsize=65536)
+def _encode(backend: tokenizers.Tokenizer, text: str) -> tuple[int, ...]:
+  return tuple(backend.encode(text, add_special_tokens=False).ids)
+
+
+def _special(name: str) -> tokenizers.AddedToken:
+  return tokenizers.AddedToken(name, special=True, normalized=False)
+
+
+def load_tokenizer(folder) -> Tokenizer:
+  """The tokenizer in `folder` (tokenizer.json). Raises UserError when there is none."""
+  path = Path(folder) / "tokenizer.json"
+  if not path.is_file():
+    raise UserError(f"no tokenizer at {path}; give a folder with a tokenizer.json")
+  try:
+    return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+  except UserError:
+    raise
+  except Exception as error:  # the library raises bare Exception
+    raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
+  """A byte-level BPE of exactly `size` entries: every byte, then the commonest pairs of `texts`, then special tokens.
+
+  Where the texts have fewer pairs, unused names fill the gap, so that the special tokens are the last ten whatever the
+  texts. The same texts in the same order give the same tokenizer.
+
+  Raises:
+    UserError: `size` is too small to hold every byte.
+  """
+  special = (*QWEN_TOKENS, *IMAGE_TOKENS)
+  if size < 256 + len(special):
+    raise UserError(f"a vocabulary of {size} cannot hold 256 bytes and {len(special)} special tokens; make it larger")
+  backend = tokenizers.Tokenizer(models.BPE())
+  backend.normalizer = normalizers.NFC()
+  backend.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated"),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  backend.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=size - len(special),
+    min_frequency=1,
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  backend.train_from_iterator(texts, trainer)
+  unused = [f"<|unused_{i}|>" for i in range(size - len(special) - backend.get_vocab_size())]
+  backend.add_special_tokens([_special(name) for name in (*unused, *special)])
+  return Tokenizer(backend)

@@ -1,0 +1,180 @@
+"""Every published size, and the miniature. An experiment names a preset and overrides fields; there is no third way."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from blip3o_jax.diffusion.euler_discrete import EulerDiscreteConfig
+from blip3o_jax.errors import UserError
+from blip3o_jax.models.autoencoder_kl import AutoencoderKLConfig
+from blip3o_jax.models.blip3o import Blip3oConfig
+from blip3o_jax.models.eva_clip import EvaClipConfig
+from blip3o_jax.models.next_dit import NextDiTConfig
+from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig, VisionConfig
+from blip3o_jax.models.text_decoder import TextDecoderConfig
+from blip3o_jax.models.text_tower import TextTowerConfig
+from blip3o_jax.models.unet import UNetConfig
+
+# EVA-CLIP-E/14+ at 448 pixels: 4,350,208,256 parameters (spec 5.1, 10.3).
+EVA_CLIP_E = EvaClipConfig(
+  image_size=448, patch_size=14, width=1792, layers=64, heads=16, mlp_dim=15360, pool_stride=4, remat="full"
+)
+
+# The decoder of Emu2-Gen: SDXL's UNet with CLIP features as context (spec 6.1), and SDXL's VAE.
+SDXL_UNET = UNetConfig()
+SDXL_VAE = AutoencoderKLConfig()
+
+
+def _qwen(dim: int, layers: int, heads: int, kv_heads: int, mlp_dim: int, tied: bool) -> Qwen25VLConfig:
+  """Qwen2.5-VL-Instruct with the release's vocabulary of 151,668 (spec 4.1, 10.4)."""
+  text = TextDecoderConfig(
+    vocab=151668,
+    dim=dim,
+    layers=layers,
+    heads=heads,
+    kv_heads=kv_heads,
+    head_size=128,
+    mlp_dim=mlp_dim,
+    rope_theta=1e6,
+    rope_sections=(16, 24, 24),
+    norm_eps=1e-6,
+    tie_embeddings=tied,
+    qkv_bias=True,
+    remat="full",
+  )
+  return Qwen25VLConfig(text=text, vision=VisionConfig(out_dim=dim, remat="full"))
+
+
+QWEN_7B = _qwen(3584, 28, 28, 4, 18944, tied=False)
+QWEN_3B = _qwen(2048, 36, 16, 2, 11008, tied=True)
+
+
+def _next_dit(condition_dim: int, paper: bool) -> NextDiTConfig:
+  """The 1.4 B DiT: as released (two-axis table, full heads) or as the paper says (three axes, grouped queries)."""
+  return NextDiTConfig(
+    in_channels=1792,
+    grid=(8, 8),
+    dim=1792,
+    layers=24,
+    heads=28,
+    kv_heads=7 if paper else 28,
+    ffn_dim=4864,
+    condition_dim=condition_dim,
+    rope="concatenated" if paper else "interleaved",
+    rope_split=(16, 24, 24) if paper else None,
+    remat="full",
+  )
+
+
+def _blip3o(backbone: Qwen25VLConfig, paper: bool) -> Blip3oConfig:
+  return Blip3oConfig(
+    backbone=backbone, dit=_next_dit(backbone.text.dim, paper), clip=EVA_CLIP_E, unet=SDXL_UNET, vae=SDXL_VAE
+  )
+
+
+def _micro() -> Blip3oConfig:
+  """The miniature for the shapes world: the same code with small numbers, in the paper's form (DESIGN part 4)."""
+  vocab = 640
+  text = TextDecoderConfig(
+    vocab=vocab,
+    dim=128,
+    layers=4,
+    heads=4,
+    kv_heads=2,
+    head_size=32,
+    mlp_dim=384,
+    rope_theta=1e4,
+    rope_sections=(4, 6, 6),
+    norm_eps=1e-6,
+    tie_embeddings=False,
+    qkv_bias=True,
+  )
+  vision = VisionConfig(
+    patch_size=8, dim=96, layers=4, heads=4, mlp_dim=256, window_size=32, full_layers=(1, 3), out_dim=128
+  )
+  tower = TextDecoderConfig(
+    vocab=vocab,
+    dim=96,
+    layers=2,
+    heads=4,
+    kv_heads=4,
+    head_size=24,
+    mlp_dim=256,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tie_embeddings=True,
+    qkv_bias=False,
+  )
+  return Blip3oConfig(
+    # The built-in tokenizer (data.shapes_corpus) ends with ten special tokens, 630..639.
+    backbone=Qwen25VLConfig(text=text, vision=vision, image_token=635, video_token=636, vision_start=633),
+    dit=NextDiTConfig(
+      in_channels=96,
+      grid=(8, 8),
+      dim=128,
+      layers=6,
+      heads=4,
+      kv_heads=2,
+      ffn_dim=384,
+      condition_dim=128,
+      rope="concatenated",
+      rope_split=(8, 12, 12),
+    ),
+    clip=EvaClipConfig(
+      image_size=64, patch_size=8, width=96, layers=4, heads=4, mlp_dim=288, pool_stride=1, norm_init=0.3
+    ),
+    unet=UNetConfig(
+      block_out_channels=(48, 96),
+      layers_per_block=1,
+      depths=(0, 1),
+      mid_depth=1,
+      heads=(2, 3),
+      context_dim=96,
+      time_id_size=32,
+      norm_groups=8,
+      position_code=True,
+      tie_query_key_init=True,
+    ),
+    vae=AutoencoderKLConfig(
+      block_out_channels=(48,), layers_per_block=1, norm_groups=8, mid_attention=False, patch_size=4, scaling_factor=1.0
+    ),
+    decoder_process=EulerDiscreteConfig(prediction="v_prediction"),
+    text_tower=TextTowerConfig(text=tower, dim=64, patch_dim=192),
+    queries=16,
+    image_size=64,
+  )
+
+
+PRESETS: dict[str, Callable[[], Blip3oConfig]] = {
+  "blip3o-8b": lambda: _blip3o(QWEN_7B, paper=False),
+  "blip3o-4b": lambda: _blip3o(QWEN_3B, paper=False),
+  "blip3o-8b-paper": lambda: _blip3o(QWEN_7B, paper=True),
+  "blip3o-4b-paper": lambda: _blip3o(QWEN_3B, paper=True),
+  "micro": _micro,
+}
+
+
+def get(name: str, overrides: Mapping[str, Any] | None = None) -> Blip3oConfig:
+  """The preset `name` with a nested dict of overrides, e.g. {"dit": {"layers": 12}}.
+
+  Raises:
+    UserError: unknown preset or field.
+  """
+  if name not in PRESETS:
+    raise UserError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+  return _replace(PRESETS[name](), overrides or {}, "model")
+
+
+def _replace(config: Any, overrides: Mapping[str, Any], path: str) -> Any:
+  fields = {f.name for f in dataclasses.fields(config)}
+  changes = {}
+  for key, value in overrides.items():
+    if key not in fields:
+      raise UserError(f"{path}.{key} is not a field of {type(config).__name__}; it has {', '.join(sorted(fields))}")
+    old = getattr(config, key)
+    if dataclasses.is_dataclass(old) and isinstance(value, Mapping):
+      value = _replace(old, value, f"{path}.{key}")
+    elif isinstance(value, list):  # JSON has no tuples, and configs must hash
+      value = tuple(value)
+    changes[key] = value
+  return dataclasses.replace(config, **changes)

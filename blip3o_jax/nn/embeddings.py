@@ -1,0 +1,26 @@
+"""Fixed sinusoidal embeddings."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def timestep_features(t: jax.Array, size: int, *, max_period: float = 10000.0) -> jax.Array:
+  """Sinusoids of a scalar, cosines first: t [...] -> float32 [..., size] (spec 2.2; diffusers flip_sin_to_cos, shift 0)."""
+  half = size // 2
+  omega = jnp.exp(-np.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+  angle = t.astype(jnp.float32)[..., None] * omega
+  return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def grid_code(height: int, width: int, size: int) -> np.ndarray:
+  """A smooth 2-D position code for a grid: float32 [height * width, size], row-major, unit variance per entry.
+
+  Half of the channels code the row, half the column; frequencies pi/16 * (1, 2, ...) so that neighbours are similar.
+  """
+  quarter = size // 4
+  omega = np.pi / 16 * np.arange(1, quarter + 1)
+  row, col = np.meshgrid(np.arange(height) * 8 / height, np.arange(width) * 8 / width, indexing="ij")
+  parts = [f(p.reshape(-1, 1) * omega) for p in (row, col) for f in (np.sin, np.cos)]
+  code = np.concatenate(parts, axis=-1) * np.sqrt(2.0)
+  return np.pad(code, ((0, 0), (0, size - code.shape[1]))).astype(np.float32)

@@ -1,0 +1,25 @@
+"""Objectives: pure loss functions, one file each (floor 3).
+
+An objective is a module with
+
+  COMPONENTS: the parts of the model that it touches, and
+  loss(params, batch, rng, *, model, cfg) -> (loss_sum, weight, metrics)
+
+`loss_sum / weight` is the loss; the trainer divides once, after accumulation and sharding, so that unequal counts
+weigh right. `metrics` are sums too (divided by the same weight). `cfg` is the plain dict `config.objective_args`,
+spread over the keyword arguments of the private function that does the work. An objective knows no mesh, checkpoint or file.
+"""
+
+import importlib
+import types
+
+from blip3o_jax.errors import UserError
+
+NAMES = ("autoencoding", "contrastive", "decoding", "understanding", "generation")
+
+
+def get(name: str) -> types.ModuleType:
+  """The objective module called `name`. Raises UserError for an unknown one."""
+  if name not in NAMES:
+    raise UserError(f"objective {name!r} is unknown; choose one of {', '.join(NAMES)}")
+  return importlib.import_module(f"blip3o_jax.objectives.{name}")

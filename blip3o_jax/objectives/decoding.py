@@ -1,0 +1,43 @@
+"""The diffusion decoder: CLIP features -> VAE latents, epsilon or v prediction on SDXL's noise schedule (spec 6).
+
+The release takes this part ready-made from Emu2. Its null condition for pictures is the pooled features of an all-zero
+normalised image (spec 6.5), so that is what a dropped condition is trained as here.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax.diffusion import euler_discrete
+
+COMPONENTS = ("clip", "unet", "vae")
+
+
+def loss(params, batch, rng, *, model, cfg):
+  """Mean squared error of the UNet's prediction at a uniform time. `batch["pixels"]` [B, H, W, 3] uint8."""
+  return _loss(params, batch, rng, model=model, **cfg)
+
+
+def _loss(params, batch, rng, *, model, drop: float = 0.1):
+  call = lambda *args, method: model.apply({"params": params}, *args, method=method)
+  process = model.cfg.decoder_process
+  pixels = batch["pixels"]
+  b = pixels.shape[0]
+  time_rng, noise_rng, drop_rng = jax.random.split(rng, 3)
+
+  context = jax.lax.stop_gradient(call(pixels, method="clip_features"))
+  null = jax.lax.stop_gradient(call(method="null_clip_features"))
+  dropped = jax.random.bernoulli(drop_rng, drop, (b, 1, 1))
+  context = jnp.where(dropped, null, context)
+
+  mean, _ = call(pixels.astype(jnp.float32) / 127.5 - 1.0, method="vae_encode")
+  latents = jax.lax.stop_gradient(mean).astype(jnp.float32) * model.cfg.vae.scaling_factor
+  t = jax.random.randint(time_rng, (b,), 0, process.train_steps)
+  noise = jax.random.normal(noise_rng, latents.shape)
+  noisy = euler_discrete.add_noise(process, latents, noise, t)
+  target = euler_discrete.training_target(process, latents, noise, t)
+  output = call(noisy, t, context, method="unet_predict").astype(jnp.float32)
+
+  mse = jnp.mean(jnp.square(output - target), axis=(1, 2, 3))
+  high = (t >= 800).astype(jnp.float32)  # the loss at high noise says whether the condition is used at all
+  metrics = {"mse_high_noise": jnp.sum(mse * high) / jnp.maximum(jnp.sum(high), 1.0) * b}
+  return jnp.sum(mse), jnp.float32(b), metrics

@@ -1,0 +1,66 @@
+"""Starting JAX, on one machine or on many, and barriers that do not wait for ever."""
+
+import os
+
+import jax
+import orbax.checkpoint as ocp
+
+from blip3o_jax.errors import UserError
+
+# What tells that this process is one of several. Cloud TPU pods and SLURM steps are found out by JAX itself.
+_COORDINATOR = "JAX_COORDINATOR_ADDRESS"
+
+
+def start() -> None:
+  """Call before anything touches a device; a second call does nothing.
+
+  Several processes: joined when JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, in a SLURM step of
+  more than one task, or on a TPU pod of more than one host.
+  One process on a CPU: as many simulated devices as cores, since one device leaves most of them idle (a convolutional
+  training step on two cores ran twice as fast on two devices).
+
+  Raises:
+    UserError: the coordinator cannot be reached.
+  """
+  if jax.distributed.is_initialized():
+    return
+  explicit = os.environ.get(_COORDINATOR)
+  slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+  pod = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+  try:
+    if explicit:
+      jax.distributed.initialize(
+        explicit, int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"]), initialization_timeout=300
+      )
+    elif slurm or pod:
+      jax.distributed.initialize(initialization_timeout=300)
+    else:
+      _use_all_cores()
+  except KeyError as error:
+    raise UserError(f"{_COORDINATOR} is set but {error.args[0]} is not; set all three or none") from error
+  except RuntimeError as error:
+    where = explicit or "the coordinator found by JAX"
+    raise UserError(f"could not join the other processes at {where}: {str(error).splitlines()[0]}") from error
+
+
+def _use_all_cores() -> None:
+  if jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    return  # somebody decided already
+  try:
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+  except RuntimeError:  # the back end runs already: a notebook or a test; keep what it has
+    pass
+
+
+def barrier(name: str, timeout_s: float = 600.0) -> None:
+  """Wait until every process is here.
+
+  Raises:
+    UserError: one of them has not come within `timeout_s` seconds.
+  """
+  if jax.process_count() == 1:
+    return
+  try:
+    ocp.multihost.get_barrier_sync_fn()(key=f"blip3o_jax/{name}", timeout_ms=int(timeout_s * 1000))
+  except Exception as error:
+    raise UserError(f"not every process reached {name!r} within {timeout_s:.0f} s; look for one that died") from error

@@ -1,0 +1,117 @@
+"""Every field of an experiment and its default: the release's pre-training recipe (spec 11.1)."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from blip3o_jax.errors import UserError
+
+# Fields whose value is for their readers to check.
+_OPEN = ("model", "objective_args", "data", "sampling")
+
+# What may differ between two runs in one working directory: it changes nothing that is computed.
+_FREE = ("log_every", "save_every", "keep", "tensorboard")
+
+
+def default_config() -> ConfigDict:
+  """A config with every field the trainer reads; an experiment changes what it needs."""
+  config = ConfigDict()
+  config.seed = 42
+  config.steps = 150_000
+  config.batch_size = 512  # global, over all devices and all accumulated parts
+  config.accumulate = 1  # parts of a batch that go through the model one after the other
+
+  config.objective = "generation"
+  config.objective_args = {}
+  config.model = {"preset": "micro", "overrides": {}}
+  config.components = ()  # what to load; () = what the objective names
+  config.trainable = ("dit/", "queries/")  # regular expressions from the start of "component/path"
+  config.init_from = ""  # a model directory
+  config.tokenizer = ""  # a folder with tokenizer.json; "" = that of init_from
+  config.data = {}  # fields of data.pipeline.DataConfig
+
+  config.optimizer = {
+    "name": "adamw",
+    "learning_rate": 1e-4,
+    "b1": 0.9,
+    "b2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+  }
+  config.schedule = {"name": "cosine_min", "min_ratio": 0.1, "warmup_steps": 0, "warmup_ratio": 0.003}
+  config.clip_norm = 1.0
+  config.ema_decay = 0.0  # 0 = off
+  config.compute_dtype = "bfloat16"
+  config.max_bad_steps = 20  # non-finite steps in a row before the run gives up
+  config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+
+  config.log_every = 50
+  config.save_every = 1000
+  config.keep = 1
+  config.tensorboard = False
+  config.sampling = {}  # defaults for drawing that the finished model directory carries (inference.image.Sampling)
+  config.export = "safetensors"  # format of WORKDIR/model: safetensors | orbax
+  return config
+
+
+def complete(config: ConfigDict) -> ConfigDict:
+  """`config` on top of the defaults, frozen.
+
+  Raises:
+    UserError: a field that nothing reads, or a number out of range.
+  """
+  full = default_config()
+  for key, value in config.items():
+    if key not in full:
+      raise UserError(f"config.{key} is read by nothing; the fields are {', '.join(sorted(full))}")
+    if isinstance(full[key], ConfigDict):
+      if unknown := sorted(set(value) - set(full[key])) if key not in _OPEN else []:
+        raise UserError(f"config.{key}.{unknown[0]} is read by nothing; there are {', '.join(sorted(full[key]))}")
+      value = ConfigDict({**full[key], **value})
+    with full.ignore_type():
+      full[key] = value
+  for key in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "max_bad_steps"):
+    if full[key] < 1:
+      raise UserError(f"config.{key} is {full[key]}; it must be at least 1")
+  if full.batch_size % full.accumulate:
+    raise UserError(f"batch_size {full.batch_size} does not divide into {full.accumulate} accumulated parts")
+  if full.compute_dtype not in ("float32", "bfloat16", "float16"):
+    raise UserError(f"compute_dtype {full.compute_dtype!r} is unknown; choose bfloat16 or float32")
+  if not 0 <= full.ema_decay < 1:
+    raise UserError(f"ema_decay is {full.ema_decay}; it must be at least 0 (off) and below 1")
+  return full
+
+
+def claim(workdir: Path, config: ConfigDict, *, write: bool) -> None:
+  """Leave `config` in WORKDIR/config.json, or check that the one there is the same up to logging and saving.
+
+  Raises:
+    UserError: the directory belongs to another config (naming the fields that differ).
+  """
+  path = workdir / "config.json"
+  ours = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in the file
+  if path.exists():
+    theirs = json.loads(path.read_text())
+    a, b = _flat(theirs), _flat(ours)
+    differing = sorted(k for k in a.keys() | b.keys() if k.split(".")[0] not in _FREE and a.get(k) != b.get(k))
+    if differing:
+      words = "; ".join(f"{k} was {a.get(k, 'absent')!r}, is {b.get(k, 'absent')!r}" for k in differing)
+      raise UserError(f"{workdir} was made by another config ({words}); give another --workdir or the old values")
+  if write:
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".config.json.{os.getpid()}")
+    temporary.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
+    temporary.replace(path)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict) and value:
+      flat |= _flat(value, f"{prefix}{key}.")
+    elif value != {}:
+      flat[f"{prefix}{key}"] = value
+  return flat

@@ -1,0 +1,101 @@
+"""From the loader onto the devices, one batch ahead of the step."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from blip3o_jax.data import pipeline
+from blip3o_jax.data.tokenizer import load_tokenizer
+from blip3o_jax.data.vision import ImageProcessor
+from blip3o_jax.models.blip3o import Blip3oConfig
+from blip3o_jax.porting import model_dir
+from blip3o_jax.types import Batch
+
+
+def open_loader(config: ConfigDict, architecture: Blip3oConfig, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+  """This process's part of the batches, from `start_step` on. Raises UserError for missing data or tokenizer."""
+  folder = tokenizer_dir(config)
+  init = config.init_from
+  preprocessor = model_dir.read_preprocessor(init) if init else model_dir.default_preprocessor(architecture)
+  return pipeline.make_loader(
+    config.data.to_dict(),
+    batch_size=config.batch_size,
+    seed=config.seed,
+    start_step=start_step,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    tokenizer=load_tokenizer(folder) if folder else None,
+    processor=ImageProcessor.from_reference(preprocessor),
+    window_size=architecture.backbone.vision.window_size,
+  )
+
+
+def tokenizer_dir(config: ConfigDict) -> Path | None:
+  """The config's own tokenizer, or that of init_from, or none."""
+  if config.tokenizer:
+    return Path(config.tokenizer)
+  if config.init_from and (model_dir.resolve(config.init_from) / "tokenizer").is_dir():
+    return Path(model_dir.tokenizer_path(config.init_from))
+  return None
+
+
+class Prefetch:
+  """Iterator of global batches: each process's rows [B / processes, ...] become jax.Arrays [B, ...] in `sharding`.
+
+  A thread reads and copies one batch ahead. Text and other keys that no device can hold are left out. Whatever the
+  loader raises is raised here, in its turn. Use as a context manager.
+  """
+
+  def __init__(self, loader: Iterator[dict[str, np.ndarray]], sharding: NamedSharding):
+    self._loader, self._sharding = loader, sharding
+    self._queue: queue.Queue = queue.Queue(maxsize=1)
+    self._stop = threading.Event()
+    self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+
+  def __enter__(self) -> "Prefetch":
+    self._thread.start()
+    return self
+
+  def __exit__(self, *error) -> None:
+    self._stop.set()
+    self._thread.join(timeout=10)
+    if close := getattr(self._loader, "close", None):
+      if not self._thread.is_alive():
+        close()
+
+  def __next__(self) -> Batch:
+    item = self._queue.get()
+    if isinstance(item, BaseException):
+      raise item
+    return item
+
+  def _run(self) -> None:
+    try:
+      for batch in self._loader:
+        if not self._put({key: self._place(value) for key, value in batch.items() if _is_numeric(value)}):
+          return
+      self._put(RuntimeError("the data loader ended; a training loader must go on for ever"))
+    except BaseException as error:  # to be raised in the training thread
+      self._put(error)
+
+  def _place(self, rows: np.ndarray) -> jax.Array:
+    return jax.make_array_from_process_local_data(self._sharding, np.asarray(rows))
+
+  def _put(self, item) -> bool:
+    while not self._stop.is_set():
+      try:
+        self._queue.put(item, timeout=0.1)
+        return True
+      except queue.Full:
+        continue
+    return False
+
+
+def _is_numeric(value) -> bool:
+  return np.asarray(value).dtype.kind not in "OSU"

@@ -1,0 +1,345 @@
+"""The trainer: one function, read from top to bottom. It knows no idea of the paper; those are objectives (floor 3)."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from blip3o_jax import objectives
+from blip3o_jax.checkpoints.store import Store
+from blip3o_jax.errors import Preempted, UserError
+from blip3o_jax.models import presets
+from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.porting import model_dir
+from blip3o_jax.sharding import distributed, rules
+from blip3o_jax.sharding.mesh import make_mesh
+from blip3o_jax.training import metrics, optimizers, state
+from blip3o_jax.training.defaults import claim, complete
+from blip3o_jax.training.feed import Prefetch, open_loader, tokenizer_dir
+from blip3o_jax.training.preemption import StopFlag
+from blip3o_jax.training.state import TrainState
+from blip3o_jax.types import Batch, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+  """What a finished run leaves behind. `metrics` are those of the last step."""
+
+  workdir: Path
+  model_dir: Path
+  steps: int
+  metrics: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """The compiled heart of a run, without any array: what `train` loops over and `plan` compiles ahead of time.
+
+  `params`, `state` and `frozen` are trees of ShapeDtypeStruct that carry dtype and final sharding;
+  `step(state, frozen, batch) -> (state, scalars)` is jitted and takes over the memory of `state`.
+  """
+
+  model: Blip3o
+  mesh: Mesh
+  components: tuple[str, ...]
+  params: Params
+  frozen: Params
+  state: TrainState
+  step: Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def train(config: ConfigDict, workdir: str | Path) -> TrainResult:
+  """Train one stage to its end, or go on with it: the same command does both.
+
+  Leaves in `workdir`: config.json, metrics.jsonl, checkpoints/, and at the end model/ (a model directory).
+
+  Args:
+    config: fields of `training.defaults.default_config()`.
+    workdir: directory of this run alone; one that another config made is refused.
+
+  Raises:
+    UserError: bad config, missing input, no space, or a loss that stays non-finite.
+    Preempted: SIGTERM or SIGINT came; the finished steps are saved.
+  """
+  # 1. The run: is it new, half done, or done?
+  config, workdir = complete(config), Path(workdir)
+  exported = workdir / "model"
+  claim(workdir, config, write=False)
+  if (exported / "model.json").exists():
+    print(f"{workdir} is finished; the model is at {exported}", flush=True)
+    lines = metrics.read(workdir / "metrics.jsonl")
+    return TrainResult(workdir, exported, config.steps, lines[-1] if lines else {})
+
+  # 2. Devices, model, optimizer and the jitted step. Nothing is allocated yet.
+  distributed.start()
+  mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)
+  program = build(config, mesh)
+  main_process = jax.process_index() == 0
+  say = functools.partial(print, flush=True) if main_process else lambda *_: None
+  say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
+  say(f"parameters:\n{state.overview(program.state.trained, program.frozen)}")
+  claim(workdir, config, write=main_process)
+
+  with (
+    jax.set_mesh(mesh),
+    Store(workdir / "checkpoints", keep=config.keep) as store,
+    StopFlag(enabled=jax.process_count() == 1) as stop,
+  ):
+    # 3. Where the numbers come from: the first of these that has them.
+    #    1) this run's own newest checkpoint (what trains)
+    #    2) init_from (what is frozen, always; what trains, in a fresh run)
+    #    3) scratch, by seed
+    start, sources, seconds = store.latest() or 0, frozen_sources(config, program), 0.0
+    params = initial_params(config, program, program.frozen if start else program.params, say)
+    if start:
+      train_state, record = store.restore(start, program.state)
+      start, seconds = record["position"], record["seconds"]
+      if sources != record["frozen"]:
+        raise UserError(f"{config.init_from} holds other weights than when {workdir} began; give another --workdir")
+      frozen = _pick(params, program.frozen)
+      say(f"goes on after step {start} of {workdir / 'checkpoints'}")
+    else:
+      train_state, frozen = _fresh_state(config, program, params)
+    del params
+
+    # 4. Data from the first step not yet done; the position is one integer for any number of hosts.
+    loader = open_loader(config, program.model.cfg, start)
+    log = metrics.MetricLog(
+      workdir,
+      start=start,
+      steps=config.steps,
+      every=config.log_every,
+      batch_size=config.batch_size,
+      max_bad=config.max_bad_steps,
+      tensorboard=config.tensorboard,
+    )
+
+    # 5. The loop. The host runs one step ahead: what is logged is always the step before.
+    clock = time.monotonic() - seconds
+
+    def save(done: int) -> None:
+      log.flush()  # the lines up to a checkpoint are on disk before it is
+      seconds = time.monotonic() - clock
+      store.save(done, train_state, {"position": done, "seed": config.seed, "seconds": seconds, "frozen": sources})
+
+    with Prefetch(loader, rules.batch_sharding(mesh)) as batches:
+      for done in range(start + 1, config.steps + 1):
+        batch = next(batches)
+        with jax.transfer_guard("disallow" if done > start + 1 else "allow"):  # tracing may move constants
+          train_state, scalars = program.step(train_state, frozen, batch)
+        log.add(done, scalars)
+        if stop.requested or (jax.process_count() > 1 and store.reached_preemption(done)):
+          save(done)
+          store.wait()
+          raise Preempted(f"stopped after step {done} of {config.steps}; saved in {workdir}, run the same command again")
+        if done % config.save_every == 0 or done == config.steps:
+          save(done)
+    log.flush()
+    log.close()
+    store.wait()
+
+    # 6. The model directory: averaged weights if there are any, and the untouched components of init_from.
+    trained = train_state.ema if config.ema_decay else train_state.trained
+    facts = {"seconds": round(time.monotonic() - clock), "metrics": log.last}
+    export(config, program, state.merge(trained, frozen), exported, facts)
+  say(f"finished: {exported}")
+  return TrainResult(workdir, exported, config.steps, log.last)
+
+
+def build(config: ConfigDict, mesh: Mesh) -> Program:
+  """Model, optimizer and step of a config on a mesh; shapes and shardings only, no arrays.
+
+  Raises:
+    UserError: unknown names, or `trainable` matches nothing.
+  """
+  objective = objectives.get(config.objective)
+  components = tuple(config.components) or objective.COMPONENTS
+  dtype = jnp.dtype(config.compute_dtype)
+  architecture = config.model.to_dict()
+  model = Blip3o(presets.get(architecture["preset"], architecture["overrides"]), dtype=dtype)
+  optimizer = optimizers.make_optimizer(config.optimizer)
+  schedule = optimizers.make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
+
+  # Boxed leaves carry the logical axis names through the split, the casts and the optimizer's own trees.
+  boxed = jax.eval_shape(lambda: model.init_components(jax.random.key(0), components))
+  trained, frozen = state.split(boxed, config.trainable)
+  frozen = jax.eval_shape(lambda x: state.cast(x, dtype), frozen)
+  fresh = jax.eval_shape(lambda x: state.create(x, optimizer, ema=bool(config.ema_decay)), trained)
+  frozen, fresh = _placed(mesh, frozen), _placed(mesh, fresh)
+
+  step = make_step(config, model, objective, optimizer, schedule)
+  shardings = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+  step = jax.jit(
+    step,
+    donate_argnums=0,
+    in_shardings=(shardings(fresh), shardings(frozen), rules.batch_sharding(mesh)),
+    out_shardings=(shardings(fresh), rules.replicated(mesh)),
+  )
+  return Program(model, mesh, components, state.merge(fresh.trained, frozen), frozen, fresh, step)
+
+
+def make_step(config: ConfigDict, model: Blip3o, objective: Any, optimizer: Any, schedule: Any) -> Callable:
+  """The pure function (state, frozen, batch) -> (state, scalars) of one update."""
+  args = config.objective_args.to_dict()
+  parts = config.accumulate
+
+  def sums(trained, frozen, batch, rng):
+    total, weight, sums = objective.loss(state.merge(trained, frozen), batch, rng, model=model, cfg=args)
+    return total.astype(jnp.float32), {"weight": weight, **sums}
+
+  def accumulated(trained, frozen, batch, rng):
+    """Gradient of the summed loss over the parts of a batch; each part is spread over all devices."""
+    gradient = jax.value_and_grad(sums, has_aux=True)
+    if parts == 1:
+      return gradient(trained, frozen, batch, rng)
+    parted = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(carry, part):
+      i, batch = part
+      return jax.tree.map(jnp.add, carry, gradient(trained, frozen, batch, jax.random.fold_in(rng, i))), None
+
+    first = jax.eval_shape(gradient, trained, frozen, jax.tree.map(lambda x: x[0], parted), rng)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    # A convolution inside a rolled loop is some twenty times slower on the CPU back end.
+    unroll = jax.default_backend() == "cpu"
+    return jax.lax.scan(add, zero, (jnp.arange(parts), parted), unroll=unroll)[0]
+
+  def step(old: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    with nn.logical_axis_rules(rules.RULES):
+      # A function of (seed, step) alone, so that a resumed run draws the same numbers.
+      rng = jax.random.fold_in(_streams(config.seed)[1], old.step)
+      (total, sums), grads = accumulated(old.trained, frozen, batch, rng)
+    weight = sums.pop("weight")
+    scale = 1.0 / weight  # the one division, after all parts and devices
+    loss = total * scale
+    grads = jax.tree.map(lambda g: g * scale, grads)
+    norm = optax.tree.norm(grads)
+    rate = schedule(old.step)
+    updates, opt_state = optimizer.update(
+      optimizers.clip_by_norm(grads, norm, config.clip_norm), old.opt_state, old.trained
+    )
+    trained = jax.tree.map(lambda p, u: p - rate * u, old.trained, updates)
+    # The average starts as a plain mean, so that the random start is soon forgotten.
+    decay = jnp.minimum(config.ema_decay, (1.0 + old.step) / (10.0 + old.step))
+    ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, old.ema, trained) if config.ema_decay else {}
+
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    keep = lambda new, past: jax.tree.map(lambda n, p: jnp.where(good, n, p), new, past)
+    bad = 1 - good.astype(jnp.int32)
+    new = TrainState(
+      step=old.step + 1,
+      trained=keep(trained, old.trained),
+      opt_state=keep(opt_state, old.opt_state),
+      ema=keep(ema, old.ema),
+      skipped=old.skipped + bad,
+      skipped_in_row=(old.skipped_in_row + 1) * bad,
+    )
+    scalars = {"loss": loss, **{name: value * scale for name, value in sums.items()}}
+    scalars |= {"learning_rate": rate, "grad_norm": norm, "skipped": new.skipped}
+    return new, scalars | {"skipped_in_row": new.skipped_in_row}
+
+  return step
+
+
+def initial_params(config: ConfigDict, program: Program, wanted: Params, say: Callable = print) -> Params:
+  """Parameters of every component in `wanted` (dtypes and shardings as in `program.params`): init_from, then scratch.
+
+  Raises:
+    UserError: init_from is missing, does not fit, or lacks a component that is frozen.
+  """
+  wanted = {name: program.params[name] for name in wanted}
+  params = {}
+  if config.init_from:
+    there = tuple(name for name in wanted if name in model_dir.components(config.init_from))
+    if there:
+      params = model_dir.read_components(config.init_from, there, {name: wanted[name] for name in there})
+      say(f"from {config.init_from}: {', '.join(there)}")
+  scratch = tuple(name for name in wanted if name not in params)
+  if frozen := [name for name in scratch if name in program.frozen]:
+    if config.init_from:
+      raise UserError(f"{config.init_from} has no {frozen[0]}, which is frozen here; give an init_from that has, or train it")
+    say(f"WARNING: frozen but random, as init_from is empty: {', '.join(frozen)}")
+  if scratch:
+    target = {name: wanted[name] for name in scratch}
+
+    def init(rng):
+      fresh = nn.unbox(program.model.init_components(rng, scratch))
+      return jax.tree.map(lambda x, t: x.astype(t.dtype), fresh, target)
+
+    out = jax.tree.map(lambda x: x.sharding, target)
+    params |= jax.jit(init, out_shardings=out)(_streams(config.seed)[0])
+    say(f"from scratch: {', '.join(scratch)}")
+  return params
+
+
+def frozen_sources(config: ConfigDict, program: Program) -> dict[str, str]:
+  """Content hash in init_from of every component that is frozen, wholly or in part: a resumed run must find the same."""
+  if not config.init_from:
+    return {}
+  there = model_dir.components(config.init_from)
+  return {name: model_dir.content_hash(config.init_from, name) for name in program.frozen if name in there}
+
+
+def export(config: ConfigDict, program: Program, params: Params, directory: Path, facts: dict[str, Any]) -> None:
+  """Write the model directory of a finished run. What init_from has and nothing here trained is carried over as it is."""
+  carried = model_dir.components(config.init_from) if config.init_from else ()
+  model_dir.write(
+    directory,
+    preset=config.model.preset,
+    overrides=config.model.to_dict()["overrides"],
+    params={name: tree for name, tree in params.items() if name in program.state.trained or name not in carried},
+    format=config.export,
+    carry_from=config.init_from or None,
+    tokenizer_dir=tokenizer_dir(config),
+    sampling=config.sampling.to_dict(),
+    provenance={
+      "objective": config.objective,
+      "trained": sorted(program.state.trained),
+      "steps": config.steps,
+      "batch_size": config.batch_size,
+      "seed": config.seed,
+      "machine": f"{program.mesh.size} x {program.mesh.devices.flat[0].device_kind}, jax {jax.__version__}",
+      **facts,
+    },
+  )
+
+
+def _streams(seed: int) -> tuple[jax.Array, jax.Array]:
+  """Independent keys for initialisation and for the steps."""
+  init, steps = jax.random.split(jax.random.key(seed))
+  return init, steps
+
+
+def _placed(mesh: Mesh, boxed: Any) -> Any:
+  """Unboxed ShapeDtypeStructs with their final shardings."""
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    nn.unbox(boxed),
+    rules.shardings(mesh, boxed),
+  )
+
+
+def _pick(params: Params, wanted: Params) -> Params:
+  """The leaves of `params` that `wanted` has."""
+  return {k: _pick(params[k], v) if isinstance(v, dict) else params[k] for k, v in wanted.items()}
+
+
+def _fresh_state(config: ConfigDict, program: Program, params: Params) -> tuple[TrainState, Params]:
+  """A new state on its final sharding (on any other, the second step would compile again), and what is frozen."""
+  optimizer = optimizers.make_optimizer(config.optimizer)
+  trained, frozen = _pick(params, program.state.trained), _pick(params, program.frozen)
+  create = jax.jit(
+    functools.partial(state.create, optimizer=optimizer, ema=bool(config.ema_decay)),
+    donate_argnums=0,
+    out_shardings=jax.tree.map(lambda x: x.sharding, program.state),
+  )
+  return create(trained), frozen

@@ -1,0 +1,77 @@
+"""Flow matching: scheduler tables, one training batch with its gradients, and the guided sampling loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip3o_jax.diffusion import flow_matching, solvers
+from blip3o_jax.diffusion.guidance import null_first
+from blip3o_jax.verification import next_dit
+from blip3o_jax.verification.recording import FORWARD, TRAJECTORY, Recording, nchw, nhwc
+
+
+def check(rec: Recording) -> None:
+  dit = next_dit.load(rec.setting("dit"), rec.weights())
+  count, shift = int(rec.setting("scheduler", "num_train_timesteps")), float(rec.setting("scheduler", "shift"))
+  cond = jnp.asarray(rec.input("cond"))
+
+  # Training
+  sigmas, times = flow_matching.times_table(count, shift)
+  rec.compare("train_timesteps", times)
+  rec.compare("train_sigmas", sigmas)
+  x1, noise = nhwc(rec.input("train_latents")), nhwc(rec.input("train_noise"))
+  index = rec.input("train_indices")
+  sigma, t = jnp.asarray(sigmas)[index], jnp.asarray(times)[index]
+  rec.compare("train_t", t)
+  rec.compare("train_sigma", sigma)
+  noisy = flow_matching.interpolate(x1, noise, sigma)
+  rec.compare("train_noisy", nchw(noisy))
+  keep = jnp.asarray(rec.input("train_cond_keep_mask")).reshape(-1, 1, 1)
+
+  def loss(params, cond):
+    velocity = dit(params, noisy, t, cond * keep)
+    return jnp.mean(jnp.square(velocity - flow_matching.target(x1, noise))), velocity
+
+  (value, velocity), (grads, grad_cond) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
+    dit.params, cond
+  )
+  rec.compare("train_pred", nchw(velocity))
+  rec.compare("train_loss", value)
+  rec.compare("train_grad_cond", grad_cond, TRAJECTORY)
+  rec.compare_gradients({"dit": grads}, dit.key, prefix="train_grad:")
+
+  # Sampling
+  steps, guidance = int(rec.setting("steps")), float(rec.setting("guidance_scale"))
+  schedule = solvers.flow_euler_schedule(steps, shift, n=count)
+  rec.compare("sample_sigmas", schedule.sigmas)
+  rec.compare("sample_timesteps", schedule.times)
+  rec.compare("sample_dit_timesteps", np.trunc(schedule.times))
+  start = nhwc(rec.input("sample_init_noise"))
+  sample = draw(dit, dit.params, cond, start, steps=steps, guidance=guidance, shift=shift, n=count)
+  for name, step in rec.matching(r"sample_guided_pred_step(\d+)"):
+    if 1 <= step <= steps:
+      rec.compare(name, nchw(sample.velocities[step - 1]), FORWARD if step == 1 else TRAJECTORY)
+  compare_states(rec, "sample_after", sample)
+  rec.compare("sample_final", nchw(sample.latents), TRAJECTORY)
+
+
+def draw(dit: next_dit.LoadedDiT, params, cond: jax.Array, noise: jax.Array, **settings) -> solvers.FlowSample:
+  """The sampler on a condition [B, L, E] and noise [B, h, w, C], the constant part of the condition computed once."""
+
+  def run(params, cond, noise):
+    both = cond if settings["guidance"] == 1 else null_first(cond)
+    projected = dit.model.apply({"params": params}, both, method="project")
+    velocity = lambda x, t: dit.model.apply({"params": params}, x, t, None, projected)
+    return solvers.sample_flow(velocity, noise, trajectory=True, **settings)
+
+  return jax.jit(run)(params, cond, noise)
+
+
+def compare_states(rec: Recording, name: str, sample: solvers.FlowSample) -> None:
+  """`<name>1`, `<name>10`, `<name>_half`: the latents after that many steps."""
+  steps = len(sample.states)
+  for array, step in rec.matching(rf"{name}(\d+)"):
+    if 1 <= step <= steps:
+      rec.compare(array, nchw(sample.states[step - 1]), FORWARD if step == 1 else TRAJECTORY)
+  if steps > 1:
+    rec.compare(f"{name}_half", nchw(sample.states[steps // 2 - 1]), TRAJECTORY)

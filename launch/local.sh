@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# One machine (CPU, GPU or one TPU host), starting from nothing but Python 3.11 or newer.
+#
+#   bash launch/local.sh quickstart [...]     the main job in miniature
+#   bash launch/local.sh test [--slow] [...]  lint and tests; with --slow the slow tests only
+#   bash launch/local.sh WORD [...]           any other word is a command of `blip3o` (--help lists them)
+#
+# Makes .venv in the repository once, and again only when setup.py or the choice below changes; needs no network otherwise.
+# BLIP3O_EXTRAS (default "test") names the extras to install, e.g. BLIP3O_EXTRAS=cuda,test on a GPU machine.
+# PYTHON names the interpreter to start from.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+say() { printf '%s\n' "launch/local.sh: $*" >&2; }
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+    # Run it: a version manager leaves stubs on the PATH for versions that are not enabled, and Debian splits venv off.
+    if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  say "needs Python 3.11 or newer with its venv module; tried: ${PYTHON:-python3.11 python3.12 python3.13 python3}." \
+    "Install one (Debian, Ubuntu: apt install python3.11-venv) or set PYTHON=/path/to/python."
+  exit 2
+}
+
+# What the environment was made for: it may not be moved, and follows setup.py.
+wanted() { printf '%s %s\n' "$PWD" "${BLIP3O_EXTRAS:-test}" && cat setup.py; }
+ready() { [[ -x .venv/bin/python && -f .venv/made_for ]] && cmp -s .venv/made_for <(wanted); }
+
+make_environment() {
+  local python
+  python="$(find_python)"
+  exec 9>.venv.lock
+  # The lock belongs to the open file, not to the process that takes it: this shell holds it until it closes 9.
+  "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
+  if ! ready; then
+    say "installing into .venv with $python (about a minute, once)"
+    # Another place or a broken interpreter: start over. Otherwise only add what changed.
+    if ! [[ -x .venv/bin/python && "$(head -n 1 .venv/made_for 2>/dev/null)" == "$PWD "* ]]; then
+      "$python" -m venv --clear .venv
+    fi
+    if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check "setuptools>=70.1" ||
+      ! .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+        -e ".[${BLIP3O_EXTRAS:-test}]"; then
+      say "the installation failed (see above); nothing was run. Mend the cause, mostly the network, and run the same again."
+      exit 2
+    fi
+    wanted >.venv/made_for.tmp && mv .venv/made_for.tmp .venv/made_for
+  fi
+  exec 9>&-
+}
+
+ready || make_environment
+python="$PWD/.venv/bin/python"
+
+# On a CPU glibc gives the big temporaries of every step back to the system and faults them in again. Keeping them, in huge
+# pages: a convolutional train step on two cores took half the system time and 7 % less user time, for 1.8 times the
+# memory. With an accelerator the host allocates little.
+if [[ -z "${GLIBC_TUNABLES:-}" ]] && ! compgen -G "/dev/nvidia[0-9]*" >/dev/null &&
+  ! compgen -G "/dev/accel*" >/dev/null && ! compgen -G "/dev/vfio/[0-9]*" >/dev/null; then
+  keep=$((1 << 36))
+  export GLIBC_TUNABLES="glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=$keep:glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"
+fi
+
+case "${1:-}" in
+"") exec "$python" -m blip3o_jax --help ;;
+test)
+  shift
+  if [[ " $* " == *" --slow "* ]]; then
+    status=0
+    "$python" -m pytest "$@" || status=$?
+    if [[ $status == 5 ]]; then # pytest's word for "nothing was collected"
+      say "there are no slow tests here"
+      exit 0
+    fi
+    exit "$status"
+  fi
+  "$python" -m ruff check .
+  exec "$python" -m pytest -n 2 "$@"
+  ;;
+*) exec "$python" -m blip3o_jax "$@" ;;
+esac

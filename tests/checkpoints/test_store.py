@@ -1,0 +1,116 @@
+"""Orbax behind the store: exact, pruned, atomic, and honest about a full disk."""
+
+import errno
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from blip3o_jax.checkpoints.store import Store
+from blip3o_jax.errors import UserError
+
+
+def tree(value: float):
+  return {"a": {"w": jnp.full((3, 4), value)}, "step": jnp.int32(value), "half": jnp.full(2, value, jnp.bfloat16), "no": {}}
+
+
+def abstract(of):
+  place = SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), of)
+
+
+def test_round_trip_and_pruning(tmp_path):
+  with Store(tmp_path / "c", keep=2) as store:
+    assert store.latest() is None
+    for step in (1, 2, 3):
+      store.save(step, tree(step), {"position": step})
+    store.save(3, tree(99), {"position": 99})  # there already: left alone
+  assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["2", "3"]
+  with Store(tmp_path / "c") as store:
+    state, record = store.restore(store.latest(), abstract(tree(0)))
+  assert record == {"position": 3} and state["half"].dtype == jnp.bfloat16
+  jax.tree.map(np.testing.assert_array_equal, state, tree(3))
+
+
+def test_a_save_does_not_see_what_the_next_step_writes(tmp_path):
+  """The step donates its state: the arrays of a save that still runs are reused by the next step."""
+  step = jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)
+  state = {"w": jnp.zeros((512, 1024))}
+  with Store(tmp_path, keep=100) as store:
+    for n in range(1, 6):
+      state = step(state)
+      store.save(n, state, {})
+  with Store(tmp_path, keep=100) as store:
+    for n in range(1, 6):
+      restored, _ = store.restore(n, abstract(state))
+      assert set(np.unique(restored["w"])) == {n}
+
+
+def test_another_structure_is_refused(tmp_path):
+  with Store(tmp_path) as store:
+    store.save(1, tree(1), {})
+    store.wait()
+    for other in ({**tree(0), "extra": jnp.zeros(3)}, {**tree(0), "a": {"w": jnp.zeros((3, 5))}}, {"a": tree(0)["a"]}):
+      with pytest.raises(UserError, match="1 "):
+        store.restore(1, abstract(other))
+
+
+def test_half_written_steps_do_not_count(tmp_path):
+  with Store(tmp_path) as store:
+    store.save(1, tree(1), {})
+  leftover = tmp_path / "2.orbax-checkpoint-tmp-0"
+  leftover.mkdir()
+  (leftover / "state").write_text("")
+  with Store(tmp_path) as store:
+    assert store.latest() == 1
+    store.save(2, tree(2), {})  # waits for the cleaning, which goes on behind
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["2"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: x")])
+def test_full_disk_is_one_line(tmp_path, monkeypatch, error):
+  store = Store(tmp_path)
+
+  def fail(*args, **kwargs):
+    raise error
+
+  monkeypatch.setattr(store._manager, "save", fail)
+  with pytest.raises(UserError, match="cannot write a checkpoint"):
+    store.save(1, tree(1), {})
+  store._manager.close()
+
+
+def test_a_file_in_the_way(tmp_path):
+  (tmp_path / "c").write_text("")
+  with pytest.raises(UserError, match="cannot write"):
+    Store(tmp_path / "c")
+
+
+def test_a_really_full_disk(tmp_path):
+  """A file size limit makes the very write fail, in Orbax's own threads."""
+  code = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+import numpy as np, jax.numpy as jnp
+from blip3o_jax.checkpoints.store import Store
+from blip3o_jax.errors import UserError
+state = {{"w": jnp.asarray(np.random.default_rng(0).normal(size=(1000, 1000)))}}
+with Store({str(tmp_path)!r}, keep=5) as store:
+  store.save(1, state, {{}})
+  store.wait()
+try:
+  with Store({str(tmp_path)!r}, keep=5) as store:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    store.save(2, state, {{}})
+    store.wait()
+except UserError as error:
+  print("UserError", error)
+with Store({str(tmp_path)!r}, keep=5) as store:
+  print("latest", store.latest())
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+  assert "UserError" in done.stdout and "latest 1" in done.stdout, done.stdout + done.stderr[-3000:]

@@ -1,0 +1,31 @@
+"""Before any test imports jax: the CPU, full-precision matmuls, and the `--slow` switch."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from helpers import load_golden
+
+# Recordings were made in float32; a back end that rounds matmul inputs to bf16 would miss every bar. Through the
+# environment as well, so that the processes tests start agree.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_addoption(parser):
+  parser.addoption("--slow", action="store_true", help="run only the tests marked slow, which are left out otherwise")
+
+
+def pytest_collection_modifyitems(config, items):
+  want_slow = config.getoption("--slow")
+  chosen = [item for item in items if (item.get_closest_marker("slow") is not None) == want_slow]
+  config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+  items[:] = chosen
+
+
+@pytest.fixture(scope="session")
+def golden():
+  """`golden("next_dit")` -> namespace of config, weights, io, fixture and path (see helpers.load_golden)."""
+  return load_golden

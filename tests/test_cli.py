@@ -1,0 +1,202 @@
+"""The `blip3o` command: what it passes on, what it prints, and its exit statuses."""
+
+import errno
+import json
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blip3o_jax import cli
+from blip3o_jax.errors import CheckFailed, Preempted, UserError
+
+
+def run(*words):
+  """Exit status of one command, whether it returns or argparse leaves."""
+  try:
+    return cli.main([str(word) for word in words])
+  except SystemExit as leaving:
+    return leaving.code
+
+
+@pytest.fixture
+def replace(monkeypatch):
+  """`replace("package.module", name=function)` puts a stand-in where a command imports its work from."""
+
+  def put(module, **names):
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**names))
+    parent, _, child = module.rpartition(".")
+    __import__(parent)
+    monkeypatch.setattr(sys.modules[parent], child, sys.modules[module], raising=False)
+
+  return put
+
+
+@pytest.mark.parametrize(
+  ("error", "status", "line"),
+  [
+    (CheckFailed("missed"), 1, "missed"),
+    (UserError("no such\nthing"), 2, "no such thing"),
+    (Preempted("saved"), 75, "saved"),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory", "a/b"), 2, "a/b: No such file or directory"),
+    (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
+    (ValueError("RESOURCE_EXHAUSTED: write: No space left on device [x]"), 2, "No space left on device"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+  ],
+)
+def test_errors_are_one_line_and_a_status(replace, capsys, error, status, line):
+  def fail(*args, **kwargs):
+    raise error
+
+  replace("blip3o_jax.verification", verify=fail)
+  assert run("verify", "somewhere") == status
+  out, err = capsys.readouterr()
+  assert out == "" and err.startswith("blip3o: ") and err.count("\n") == 1 and line in err
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EBADF, "Bad file descriptor")])
+def test_a_bug_keeps_its_traceback(replace, error):
+  def fail(*args, **kwargs):
+    raise error
+
+  replace("blip3o_jax.verification", verify=fail)
+  with pytest.raises(type(error)):
+    run("verify", "somewhere")
+
+
+@pytest.mark.parametrize(
+  "words",
+  [
+    [],
+    ["nothing"],
+    ["train", "--workdir", "w"],
+    ["train", "--config", "c.py", "--workdir", "w", "--confg.steps=1"],
+    ["verify", "d", "--config.steps=1"],
+    ["generate", "--model", "m", "--out", "o"],
+    ["generate", "--model", "m", "--out", "o", "--prompt", "a", "--prompts", "b"],
+    ["generate", "--model", "m", "--out", "o", "--prompt", "a", "--num", "0"],
+    ["generate", "--model", "m", "--out", "o", "--prompt", "a", "--step", "3"],
+    ["data"],
+    ["eval", "shapes", "--model", "m", "--out", "o", "--split", "other"],
+  ],
+)
+def test_usage_errors_are_one_line_and_2(capsys, words):
+  assert run(*words) == 2
+  out, err = capsys.readouterr()
+  assert out == "" and err.startswith("blip3o: ") and err.count("\n") == 1
+
+
+def test_train_reads_the_config_and_its_overrides(replace, tmp_path, capsys):
+  file = tmp_path / "x.py"
+  file.write_text("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'steps': 10})\n")
+  called = []
+  replace("blip3o_jax.training.trainer", train=lambda config, workdir: called.append((config, workdir)))
+  assert run("train", "--config", file, "--workdir", tmp_path / "w", "--config.optimizer.learning_rate=0.5") == 0
+  ((config, workdir),) = called
+  assert (config.steps, config.optimizer.learning_rate, workdir) == (10, 0.5, tmp_path / "w")
+  assert run("train", "--config", file, "--workdir", "w", "--config.stepz=1") == 2
+  assert "did you mean steps" in capsys.readouterr().err and len(called) == 1
+
+
+class FakeModel:
+  """Stands in for inference.model.Model and notes what it is asked."""
+
+  def __init__(self):
+    self.asked = []
+
+  def generate(self, prompts, **settings):
+    self.asked.append((prompts, settings))
+    return [[np.full((4, 5, 3), 10 * i + n, np.uint8) for n in range(settings["num"])] for i in range(len(prompts))]
+
+  def chat(self, prompt, *, images=()):
+    return f"{prompt} of {len(images)}"
+
+  def reconstruct(self, image):
+    return [np.full((4, 4, 3), 7, np.uint8)]
+
+
+@pytest.fixture
+def model(replace):
+  fake = FakeModel()
+  replace("blip3o_jax.inference.model", load=lambda name: fake)
+  return fake
+
+
+def test_generate_writes_png_by_prompt_and_number(model, tmp_path, capsys):
+  assert run("generate", "--model", "m", "--prompt", "a", "b", "--out", tmp_path / "o", "--num", 2, "--seed", 5) == 0
+  assert model.asked == [(["a", "b"], {"num": 2, "seed": 5})]  # guidance and steps are left to the model
+  assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["000-0.png", "000-1.png", "001-0.png", "001-1.png"]
+  with Image.open(tmp_path / "o" / "001-1.png") as picture:
+    assert picture.size == (5, 4) and picture.getpixel((0, 0)) == (11, 11, 11)
+  assert capsys.readouterr().out.splitlines()[3] == f"{tmp_path / 'o' / '001-1.png'}  b"
+
+
+def test_generate_reads_prompts_from_a_file(model, tmp_path, capsys):
+  file = tmp_path / "p.jsonl"
+  file.write_text('{"prompt": "a circle"}\n\n{"prompt": "é"}\n')
+  words = ["generate", "--model", "m", "--prompts", file, "--out", tmp_path, "--num", 1]
+  assert run(*words, "--guidance", "1.5", "--steps", 3) == 0
+  assert model.asked == [(["a circle", "é"], {"num": 1, "seed": 0, "guidance": 1.5, "steps": 3})]
+  for text, said in [('{"text": "a"}', "line 1"), ("{", "not JSON"), ("", "no prompts")]:
+    file.write_text(text)
+    assert run(*words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_chat_and_reconstruct(model, tmp_path, capsys):
+  Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg")
+  assert run("chat", "--model", "m", "--image", "a", "b", "--prompt", "what?") == 0
+  assert capsys.readouterr().out == "what? of 2\n"
+  assert run("reconstruct", "--model", "m", "--image", tmp_path / "x.jpg", "--out", tmp_path / "o") == 0
+  assert (tmp_path / "o" / "x.png").is_file()
+
+
+def test_eval_shapes_prints_families_and_questions(replace, tmp_path, capsys):
+  score = types.SimpleNamespace(
+    overall=0.5,
+    standard_error=0.01,
+    families={"colors": 0.75},
+    control=0.1,
+    control_families={"colors": 0.25},
+    pictures=8,
+    understanding={"heldout": {"overall": 0.625}},
+  )
+  called = {}
+
+  def evaluate(model, out, **settings):
+    called.update(settings)
+    return score
+
+  replace("blip3o_jax.evaluation.shapes", run=evaluate)
+  assert run("eval", "shapes", "--model", "m", "--out", tmp_path, "--split", "seen", "--limit", 3) == 0
+  assert called == {"split": "seen", "num": 4, "seed": 0, "questions_dir": None, "limit": 3}
+  out = capsys.readouterr().out
+  for words in ("colors            0.750    0.250", "overall           0.500    0.100", "0.625"):
+    assert words in out
+
+
+def test_quickstart_and_verify_pass_on_what_they_are_given(replace, tmp_path):
+  called = []
+  replace("blip3o_jax.apps.quickstart", run=lambda *args: called.append(args))
+  replace("blip3o_jax.verification", verify=lambda paths, as_json: called.append((paths, as_json)))
+  assert run("quickstart", "--workdir", tmp_path, "--from-scratch") == 0
+  assert run("verify", tmp_path, "--json") == 0
+  assert called == [(tmp_path, True), ([tmp_path], True)]
+
+
+def test_data_in_one_process_each(tmp_path):
+  """The real command, as a user runs it: make a corpus, look at it, and the reader of a pipe that goes away."""
+  blip3o = [sys.executable, "-m", "blip3o_jax"]
+  out = tmp_path / "corpus"
+  sizes = ["--contrastive", "0", "--pretrain", "3", "--instruct", "0", "--understanding", "1", "--text-only", "0"]
+  words = ["data", "make-shapes", "--out", out, "--seed", "3", *sizes, "--held-out", "0"]
+  made = subprocess.run([*blip3o, *words], capture_output=True, text=True)
+  assert (made.returncode, made.stdout.strip()) == (0, str(out)), made.stderr
+  assert json.loads((out / "manifest.json").read_text())["pretrain"] == 3
+  seen = subprocess.run([*blip3o, "data", "inspect", out / "pretrain"], capture_output=True, text=True)
+  assert seen.returncode == 0 and "3 samples" in seen.stdout and "64 x 64" in seen.stdout, seen.stderr
+  none = subprocess.run([*blip3o, "data", "inspect", tmp_path / "no.jsonl"], capture_output=True, text=True)
+  assert none.returncode == 2 and "Traceback" not in none.stderr and "no.jsonl" in none.stderr

@@ -1,0 +1,103 @@
+"""Config files and overrides: values take the type of their field, and every slip is one clear line."""
+
+import pytest
+
+from blip3o_jax.errors import UserError
+from blip3o_jax.training.config import leaves, load_config
+
+FILE = """
+from ml_collections import ConfigDict
+
+def get_config():
+  return ConfigDict({
+    "steps": 10,
+    "data": {
+      "name": "run", "cache": True, "limit": None, "sizes": (1, 2), "words": ("a",), "empty": (),
+    },
+  })
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+  path = tmp_path / "x.py"
+  path.write_text(FILE)
+  return path
+
+
+@pytest.mark.parametrize(
+  ("override", "field", "value"),
+  [
+    ("--config.steps=25", "steps", 25),
+    ("--config.steps=1e3", "steps", 1000),
+    ("--config.steps=12345678901234567", "steps", 12345678901234567),  # exact, not through a float
+    ("data.name=12", "data.name", "12"),
+    ("data.name=none", "data.name", "none"),
+    ("data.name=a=b", "data.name", "a=b"),
+    ("data.cache=false", "data.cache", False),
+    ("data.limit=3", "data.limit", 3),
+    ("data.limit=some words", "data.limit", "some words"),
+    ("data.sizes=(3, 4, 5)", "data.sizes", (3, 4, 5)),
+    ("data.sizes=3,4", "data.sizes", (3, 4)),
+    ("data.words=b,c", "data.words", ("b", "c")),
+    ("data.empty=7,x", "data.empty", (7, "x")),
+    ("steps=none", "steps", None),
+    ("--config.optimizer.learning_rate=3", "optimizer.learning_rate", 3.0),  # the file leaves it to the defaults
+  ],
+)
+def test_override_takes_the_type_of_the_field(file, override, field, value):
+  result = leaves(load_config(file, [override]))[field]
+  assert result == value and type(result) is type(value)
+
+
+@pytest.mark.parametrize(
+  ("override", "words"),
+  [
+    ("--config.step=1", ["config.step", "did you mean steps"]),
+    ("--config.learning_rate=1", ["did you mean optimizer.learning_rate"]),
+    ("--config.optimiser.learning_rate=1", ["did you mean optimizer.learning_rate"]),
+    ("--config.data.zzzz=1", ["no such field", "cache, empty"]),
+    ("--config.data=1", ["group", "cache"]),
+    ("--config.steps.x=1", ["steps is a value"]),
+    ("--config.steps=1.5", ["steps=1.5", "int", "10"]),
+    ("--config.steps=inf", ["not of type int"]),
+    ("--config.data.cache=maybe", ["bool"]),
+    ("--config.data.sizes=a,b", ["tuple"]),
+    ("--config.steps", ["no value"]),
+  ],
+)
+def test_a_slip_is_one_line(file, override, words):
+  with pytest.raises(UserError) as caught:
+    load_config(file, [override])
+  assert "\n" not in str(caught.value)
+  for word in words:
+    assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    (None, ["no config file"]),
+    ("x = 1", ["no get_config()"]),
+    ("def get_config(:", ["x.py:1"]),
+    ("def get_config():\n  return {}", ["dict", "ConfigDict"]),
+    ("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'stepz': 1})", ["stepz"]),
+    ("import nothing_of_this_name", ["x.py:1", "ModuleNotFoundError"]),
+  ],
+)
+def test_a_broken_file_is_one_line(tmp_path, text, words):
+  if text is not None:
+    (tmp_path / "x.py").write_text(text)
+  with pytest.raises(UserError) as caught:
+    load_config(tmp_path / "x.py")
+  for word in words:
+    assert word in str(caught.value)
+
+
+def test_a_config_may_import_its_neighbour_and_is_locked(file):
+  other = file.parent / "y.py"
+  other.write_text("import x\n\ndef get_config():\n  config = x.get_config()\n  config.steps = 99\n  return config\n")
+  config = load_config(other, ["data.name=z"])
+  assert config.steps == 99 and config.data.name == "z"
+  with pytest.raises(AttributeError):
+    config.stepz = 1
