@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "blip3o_jax" / "__init__.py").read_text(), re.MULTILINE).group(1)
 README = ROOT / "README.md"
 
-# What the package imports, no more (a test compares). Ranges, not pins: the floor is the oldest version that has the
+# What the package imports (a test compares), and tensorflow-datasets for its coming data source. Ranges, not pins: the floor is the oldest version that has the
 # public API used here (jax.set_mesh, AxisType.Auto).
 BASE = [
   "jax>=0.8",
@@ -19,8 +19,12 @@ BASE = [
   "optax>=0.2.5",
   "orbax-checkpoint>=0.11.28",
   "grain>=0.2.12",
+  "transformers>=5",
   "tokenizers>=0.21",
+  "tensorflow-datasets>=4.9.9",
   "ml_collections>=1",
+  "clu>=0.0.12",
+  "absl-py>=2",
   "etils[epath]>=1.12",
   "safetensors>=0.5",
   "ml_dtypes>=0.5",
@@ -34,7 +38,7 @@ EXTRAS = {
   "cuda": ["jax[cuda12]>=0.8"],
   # The PyTorch baselines and the recordings; the CPU build is enough.
   "torch": ["torch>=2.6", "diffusers>=0.35"],
-  "tensorboard": ["clu>=0.0.12", "tensorflow>=2.18", "tensorboard>=2.18"],
+  "tensorboard": ["tensorflow>=2.18", "tensorboard>=2.18"],
   "demo": ["gradio>=5"],
   "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"],
 }

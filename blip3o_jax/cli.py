@@ -7,6 +7,7 @@ Every command imports what it needs when it runs, so that `--help` and a mistype
 import argparse
 import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   args.overrides = [word for word in rest if word.startswith("--config.")] if hasattr(args, "config") else []
   if unknown := [word for word in rest if word not in args.overrides]:
     parser.error(f"unknown argument {unknown[0]}; `blip3o {args.command} --help` lists them")
+  # Python's default ends at once, without the `finally` that removes half-written directories. The trainer puts its own
+  # handler on top while it runs.
+  before = signal.signal(signal.SIGTERM, _terminated)
   try:
     args.call(args)
     sys.stdout.flush()
@@ -61,6 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if _NO_SPACE in str(error):  # checkpoint writers wrap the operating system's error in their own
       return _told(f"{_NO_SPACE}; free some and run the same command again", EXIT_USAGE)
     raise
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number, frame):
+  raise Preempted("stopped by SIGTERM; run the same command again")
 
 
 def _told(error: object, status: int) -> int:

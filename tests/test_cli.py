@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -200,3 +201,15 @@ def test_data_in_one_process_each(tmp_path):
   assert seen.returncode == 0 and "3 samples" in seen.stdout and "64 x 64" in seen.stdout, seen.stderr
   none = subprocess.run([*blip3o, "data", "inspect", tmp_path / "no.jsonl"], capture_output=True, text=True)
   assert none.returncode == 2 and "Traceback" not in none.stderr and "no.jsonl" in none.stderr
+
+
+def test_sigterm_is_75_and_leaves_nothing_half_written(tmp_path):
+  words = [sys.executable, "-m", "blip3o_jax", "data", "make-shapes", "--out", tmp_path / "corpus"]
+  process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+  deadline = time.monotonic() + 60
+  while not any(tmp_path.glob(".corpus*/*")) and time.monotonic() < deadline:
+    time.sleep(0.05)
+  process.terminate()
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 75 and "SIGTERM" in err and err.count("\n") == 1
+  assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ import os
 import platform
 import random
 import resource
+import shlex
 import shutil
 import sys
 import time
@@ -253,13 +254,14 @@ def _evaluate(source: str | Path, out: Path, questions: Path | None) -> None:
 def _samples(source: Path, path: Path) -> None:
   """Two seeds of one prompt, and pictures beside their reconstructions from CLIP features, to an npz."""
   model, rng = load(source), random.Random(0)
-  seeds = [model.generate([SEEDS_PROMPT], num=4, seed=seed)[0] for seed in (0, 1)]
+  # Whole batches: the programs that the evaluation compiled serve again, which is quicker than compiling smaller ones.
+  prompts = [SEEDS_PROMPT] * (model.batch_size // 4)
+  seeds = [model.generate(prompts, num=4, seed=seed)[0] for seed in (0, 1)]
   originals = [shapes.render(shapes.sample_scene(rng, family)) for family in FAMILIES]
   originals += [shapes.render(shapes.sample_scene(rng, family, held_out=True)) for family in FAMILIES[:4]]
+  decoded = model.reconstruct((originals * model.batch_size)[: model.batch_size])[: len(originals)]
   buffer = io.BytesIO()
-  np.savez_compressed(
-    buffer, seeds=np.asarray(seeds), originals=np.asarray(originals), decoded=np.asarray(model.reconstruct(originals))
-  )
+  np.savez_compressed(buffer, seeds=np.asarray(seeds), originals=np.asarray(originals), decoded=np.asarray(decoded))
   shapes_eval.write_atomically(path, buffer.getvalue())
 
 
@@ -323,15 +325,15 @@ def _chosen(evaluation: Path, stored: dict, each: int = 3) -> list[report.Drawin
 
 def commands(model: Path) -> list[tuple[str, str]]:
   """What to try next: (what it does, command)."""
-  name = model.as_posix()
+  name = shlex.quote(model.as_posix())
   return [
     ("Draw what you like", f'blip3o generate --model {name} --prompt "{TRY_PROMPT}" --out pictures'),
     (
       "Ask about a picture",
-      f'blip3o chat --model {name} --image pictures/PICTURE.png --prompt "how many objects are there?"',
+      f'blip3o chat --model {name} --image pictures/000-0.png --prompt "how many objects are there?"',
     ),
     ("Score it again", f"blip3o eval shapes --model {name} --out scores"),
-    ("In a web page", f"blip3o demo --model {name}"),
+    ("Through CLIP and back", f"blip3o reconstruct --model {name} --image pictures/000-0.png --out reconstructed"),
   ]
 
 
@@ -386,5 +388,5 @@ def _farewell(result: Quickstart, steps: Steps) -> None:
   for line in score_table(result):
     print(f"  {line}")
   print(f"\nreport    {result.report}\npictures  {result.workdir / 'grid.png'}\nmodel     {result.model_dir}")
-  print("\nIt draws. Now ask it for something:")
+  print("\nYour model is ready. Ask it for something:")
   print(f"  {commands(result.model_dir)[0][1]}", flush=True)

@@ -270,6 +270,7 @@ em.right{background:var(--right)}em.wrong{background:var(--wrong)}
 .pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(84px,1fr));gap:14px}
 .pairs img+img{margin-top:6px}
 .answer{display:grid;grid-template-columns:84px 1fr;gap:14px;align-items:center}
+.answer div{min-width:0;overflow-wrap:anywhere}
 .answer p{font-size:14.5px;color:var(--soft);line-height:1.4}
 .answer .said{font-size:17px;font-weight:640;margin-top:3px}
 .said.right{color:var(--right)}.said.wrong{color:var(--wrong)}

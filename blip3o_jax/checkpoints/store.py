@@ -70,7 +70,7 @@ class Store:
     except (ValueError, KeyError, TypeError, OSError) as error:
       first = (str(error).strip().splitlines() or [type(error).__name__])[0]
       raise UserError(
-        f"{self.directory / str(step)} is damaged or of another model ({first[:200]}); delete it to go on from an older one"
+        f"{self.directory / str(step)} does not fit or is damaged ({first[:200]}); delete it to go on from before it"
       ) from error
     return restored["state"], restored["record"]
 
@@ -114,5 +114,7 @@ class _explained:
     chain = error
     while chain is not None:  # an asynchronous write's own error is the cause of the one that arrives
       if why := [text for text in _NO_WRITE if text in str(chain).lower()]:
-        raise UserError(f"cannot write a checkpoint to {self._directory} ({why[0]}); free space and run again") from error
+        raise UserError(
+          f"cannot write a checkpoint to {self._directory} ({why[0]}); free space and run again"
+        ) from error
       chain = chain.__cause__ or chain.__context__

@@ -14,6 +14,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from blip3o_jax.data import sources, templates, transforms, vision
 from blip3o_jax.data.vision import ImageProcessor
@@ -110,6 +111,8 @@ def make_dataset(
   samples = _Samples(source, build, order, batch_size, local, start_step, process_index, {} if cfg.cache else None)
   dataset = grain.MapDataset.source(samples).to_iter_dataset(grain.ReadOptions(cfg.threads, cfg.prefetch))
   if cfg.workers:
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which only absl.app parses
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(cfg.workers, per_worker_buffer_size=cfg.prefetch))
   # Batching comes last: before the worker processes it would give each its own batches, and lose the rest of an epoch.
   return dataset.batch(local, batch_fn=_stack)

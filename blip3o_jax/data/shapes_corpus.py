@@ -11,6 +11,7 @@
 Sample i of a set is a pure function of (seed, set, i).
 """
 
+import functools
 import io
 import json
 import os
@@ -161,6 +162,7 @@ def _write_understanding(folder: Path, seed: int, pictures: int, text_only: int,
     _write_rows(folder / f"{name}.jsonl", rows)
 
 
+@functools.cache
 def tokenizer_texts() -> list[str]:
   """Texts that hold every word of the built-in world and of the chat templates, to train a tokenizer on."""
   rng = _rng(0, "tokenizer", 0)

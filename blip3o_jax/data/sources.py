@@ -112,7 +112,7 @@ def _index(shard: str, cache: bool) -> tuple[np.ndarray, np.ndarray]:
           return arrays["keys"], arrays["spans"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
       pass  # a damaged cache is made again
-  keys, spans = _read_headers(shard, stat.st_size)
+  keys, spans = _read_headers(shard)
   if cache:
     temporary = stored.with_name(f".{stored.stem}.{os.getpid()}.npz")
     try:
@@ -124,19 +124,17 @@ def _index(shard: str, cache: bool) -> tuple[np.ndarray, np.ndarray]:
   return keys, spans
 
 
-def _read_headers(shard: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_headers(shard: str) -> tuple[np.ndarray, np.ndarray]:
   pairs: dict[str, dict[str, tuple[int, int]]] = {}
-  last = "the start"
+  last, end = "the start", 0
   try:
     with tarfile.open(shard, "r:") as tar:
       for member in tar:
-        last = member.name
+        last, end = member.name, member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         if not member.isfile():
           continue
-        if member.offset_data + member.size > size:
-          raise tarfile.ReadError
         folder, _, file = member.name.rpartition("/")
-        stem, _, extension = file.partition(".")
+        stem, _, extension = file.rpartition(".")
         extension = extension.lower()
         kind = "image" if extension in IMAGE_EXTENSIONS else "text" if extension == "txt" else None
         if kind is None or not stem:
@@ -145,6 +143,11 @@ def _read_headers(shard: str, size: int) -> tuple[np.ndarray, np.ndarray]:
         if kind in pair:
           raise UserError(f"shard {shard} holds {member.name} twice (or two images of one key); make its keys unique")
         pair[kind] = (member.offset_data, member.size)
+    # The module takes a header that is cut off for the end; a whole tar ends in blocks of zeros.
+    with open(shard, "rb") as file:
+      file.seek(end)
+      if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError
   except tarfile.ReadError:
     with open(shard, "rb") as file:
       packed = file.read(4)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")

@@ -97,16 +97,19 @@ def _special(name: str) -> tokenizers.AddedToken:
 
 
 def load_tokenizer(folder) -> Tokenizer:
-  """The tokenizer in `folder` (tokenizer.json). Raises UserError when there is none."""
-  path = Path(folder) / "tokenizer.json"
-  if not path.is_file():
-    raise UserError(f"no tokenizer at {path}; give a folder with a tokenizer.json")
+  """The tokenizer in `folder`, in any layout that transformers reads. Raises UserError when there is none."""
+  folder = Path(folder)
+  if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+    raise UserError(f"no tokenizer at {folder}; give a folder with a tokenizer.json")
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is as it should be
+  from transformers import AutoTokenizer  # slow to import, and not every command talks
+
   try:
-    return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+    return Tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer)
   except UserError:
     raise
-  except Exception as error:  # the library raises bare Exception
-    raise UserError(f"{path} cannot be read: {error}") from None
+  except Exception as error:  # the library raises whatever comes
+    raise UserError(f"the tokenizer at {folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:

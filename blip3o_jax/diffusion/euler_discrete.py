@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blip3o_jax.diffusion.guidance import guide
 from blip3o_jax.errors import UserError
 
 
@@ -151,7 +152,7 @@ def sample_euler_discrete(
     out = model_fn(jnp.concatenate([scaled, scaled]) if guided else scaled, t).astype(jnp.float32)
     if guided:
       cond, null = jnp.split(out, 2)
-      out = null + guidance * (cond - null)
+      out = guide(null, cond, guidance)
     noise_now = out if cfg.prediction == "epsilon" else a * out + sigma * a * scaled
     x = x + noise_now * (next_sigma - sigma)
     return x, (x, out) if trajectory else None

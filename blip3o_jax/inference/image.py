@@ -1,7 +1,7 @@
-"""Pictures from prompts: query pass, guided DiT loop, guided UNet loop, VAE. Each stage is one compiled program a shape.
+"""Pictures from prompts: query pass, guided DiT loop, guided UNet loop, VAE. Two compiled programs for each shape.
 
-Random numbers belong to a picture, not to a batch: picture i of a seed draws its noise from its own key, so that it is
-the same in any batch. Order of the draws as in the release (spec 6.5): DiT noise, DiT noise of the null prompt, latents.
+Random numbers belong to a picture, not to a batch: picture i of a seed draws its noise from its own key, so it is the
+same in any batch. Order of the draws as in the release (spec 6.5): DiT noise, DiT noise of the null prompt, latents.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,7 +44,7 @@ def load(name_or_path: str | os.PathLike, *, dtype: str = "bfloat16") -> "Model"
     params,
     load_tokenizer(model_dir.tokenizer_path(name_or_path)),
     vision.ImageProcessor.from_reference(model_dir.read_preprocessor(name_or_path)),
-    drawing.Sampling(**manifest.sampling),
+    _replaced(drawing.Sampling(), manifest.sampling),
     name=str(name_or_path),
   )
 
@@ -53,7 +53,7 @@ class Model:
   """Weights, tokenizer and compiled programs of one model. Make it with `load`.
 
   Attributes:
-    model: the Flax module; params: {component: tree}; sampling: defaults for drawing; batch_size: pictures drawn at once.
+    model: the Flax module; params: {component: tree}; sampling: defaults for drawing; batch_size: pictures at once.
   """
 
   def __init__(self, model: Blip3o, params: Any, tokenizer, processor, sampling: drawing.Sampling, *, name: str = ""):
@@ -106,7 +106,8 @@ class Model:
   def reconstruct(self, images: Picture | Sequence[Picture], *, seed: int = 0, **settings) -> list[np.ndarray]:
     """Encode pictures to CLIP features and draw them from these: uint8 [H, W, 3] each (spec 4.4, 6.5 image path).
 
-    Pictures are squashed to the encoder's square, as the release does; crop them first to keep the proportions.
+    Pictures are squashed to the encoder's square, as the release does; crop them first to keep the proportions. Each
+    result depends on (picture, seed) and the settings alone.
     """
     sampling = self._sampling(**settings)
     self._need("clip", "unet", "vae")
@@ -115,7 +116,7 @@ class Model:
     for part, real in _batches(pixels, self.batch_size):
       features = drawing.encode_features(self.model, self.params, np.stack(part))
       null = jnp.broadcast_to(drawing.null_image_features(self.model, self.params), features.shape)
-      keys = drawing.picture_keys(seed, np.arange(len(part)))
+      keys = drawing.picture_keys(seed, np.zeros(len(part)))  # picture 0 of each, whatever lies beside it
       out += list(self._decode(features, null, keys, sampling))[:real]
     return out
 
@@ -127,11 +128,11 @@ class Model:
 
   # ---- words
 
-  def chat(self, prompt: str, *, images: Sequence[Picture] = (), max_new_tokens: int = 128) -> str:
+  def chat(self, prompt: str, *, images: Picture | Sequence[Picture] = (), max_new_tokens: int = 128) -> str:
     """Answer one message about any number of pictures (greedy)."""
     if not prompt.strip():
       raise UserError("the prompt is empty; ask something")
-    return self._answer([list(images)], [prompt], max_new_tokens)[0]
+    return self._answer([_listed(images)], [prompt], max_new_tokens)[0]
 
   def answer(
     self, images: Sequence[Picture | None], questions: Sequence[str], *, max_new_tokens: int = 16
@@ -151,11 +152,7 @@ class Model:
   # ---- inside
 
   def _sampling(self, **changes) -> drawing.Sampling:
-    changes = {k: v for k, v in changes.items() if v is not None}
-    fields = [f.name for f in dataclasses.fields(drawing.Sampling)]
-    if unknown := sorted(set(changes) - set(fields)):
-      raise UserError(f"sampling setting {unknown[0]!r} is unknown; there are {', '.join(fields)}")
-    return dataclasses.replace(self.sampling, **changes)
+    return _replaced(self.sampling, {k: v for k, v in changes.items() if v is not None})
 
   def _need(self, *names: str) -> None:
     if missing := [name for name in names if name not in self.params]:
@@ -223,9 +220,7 @@ class Model:
       patches = vision.pad_rows(
         joined, length=longest, merge_size=merge, window_size=cfg.vision.window_size, patch_size=size
       )
-      positions, _ = vision.rope_index(
-        tokens, mask, patches["grid_thw"], image_token=cfg.image_token, merge_size=merge
-      )
+      positions, _ = vision.rope_index(tokens, mask, patches["grid_thw"], image_token=cfg.image_token, merge_size=merge)
     answer = talking.generate_text(
       Qwen25VL(cfg, dtype=self.model.dtype),
       self.params["backbone"],
@@ -245,12 +240,21 @@ class Model:
     return transforms.square(_open(picture), self.model.cfg.clip.image_size, "squash")
 
 
+def _replaced(sampling: drawing.Sampling, changes: Mapping[str, Any]) -> drawing.Sampling:
+  fields = [f.name for f in dataclasses.fields(drawing.Sampling)]
+  if unknown := sorted(set(changes) - set(fields)):
+    raise UserError(f"sampling setting {unknown[0]!r} is unknown; there are {', '.join(fields)}")
+  return dataclasses.replace(sampling, **changes)
+
+
 def _open(picture: Picture) -> Image.Image:
   """An RGB image of a path, an array uint8 [H, W, 3] or an image. Raises UserError if it cannot be read."""
   if isinstance(picture, Image.Image):
     return picture.convert("RGB")
   if isinstance(picture, np.ndarray):
-    return Image.fromarray(picture).convert("RGB")
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+      raise UserError(f"a picture is {picture.dtype} {list(picture.shape)}; give uint8 [height, width, 3]")
+    return Image.fromarray(picture)
   try:
     with Image.open(picture) as file:
       return file.convert("RGB")

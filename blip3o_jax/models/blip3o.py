@@ -85,7 +85,7 @@ class Blip3o(nn.Module):
     return self._pooled(x)
 
   def null_clip_features(self) -> jax.Array:
-    """Pooled features of an all-zero normalised image [1, N, C]: the decoder's null condition for pictures (spec 6.5)."""
+    """Pooled features [1, N, C] of an all-zero normalised image: the decoder's null for pictures (spec 6.5)."""
     return self._pooled(jnp.zeros((1, self.cfg.clip.image_size, self.cfg.clip.image_size, 3)))
 
   def _pooled(self, x: jax.Array) -> jax.Array:

@@ -88,6 +88,7 @@ def _micro() -> Blip3oConfig:
     norm_eps=1e-6,
     tie_embeddings=False,
     qkv_bias=True,
+    remat="full",  # on a CPU faster too: less to write and read back
   )
   vision = VisionConfig(
     patch_size=8, dim=96, layers=4, heads=4, mlp_dim=256, window_size=32, full_layers=(1, 3), out_dim=128
@@ -107,7 +108,9 @@ def _micro() -> Blip3oConfig:
   )
   return Blip3oConfig(
     # The built-in tokenizer (data.shapes_corpus) ends with ten special tokens, 630..639.
-    backbone=Qwen25VLConfig(text=text, vision=vision, image_token=635, video_token=636, vision_start=633),
+    backbone=Qwen25VLConfig(
+      text=text, vision=vision, image_token=635, video_token=636, vision_start=633, vision_end=634
+    ),
     dit=NextDiTConfig(
       in_channels=96,
       grid=(8, 8),
@@ -172,8 +175,12 @@ def _replace(config: Any, overrides: Mapping[str, Any], path: str) -> Any:
     if key not in fields:
       raise UserError(f"{path}.{key} is not a field of {type(config).__name__}; it has {', '.join(sorted(fields))}")
     old = getattr(config, key)
-    if dataclasses.is_dataclass(old) and isinstance(value, Mapping):
+    if isinstance(value, Mapping):
+      if not dataclasses.is_dataclass(old):
+        raise UserError(f"{path}.{key} is {old!r}, which has no fields {', '.join(value)} to set; give one value")
       value = _replace(old, value, f"{path}.{key}")
+    elif dataclasses.is_dataclass(old) and not (value is None or dataclasses.is_dataclass(value)):
+      raise UserError(f"{path}.{key} is {value!r}; give a group of fields of {type(old).__name__}")
     elif isinstance(value, list):  # JSON has no tuples, and configs must hash
       value = tuple(value)
     changes[key] = value

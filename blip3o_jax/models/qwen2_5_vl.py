@@ -92,6 +92,8 @@ class Qwen25VLConfig:
 
 
 class VisionBlock(nn.Module):
+  """One pre-norm block of the vision tower: attention in windows or over the image, then a gated MLP."""
+
   cfg: VisionConfig
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32

@@ -159,6 +159,8 @@ def text_positions(mask: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
+  """Causal grouped-query attention with rotary positions and an optional key-value cache."""
+
   cfg: TextDecoderConfig
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -186,6 +188,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+  """One pre-norm decoder block: attention, then a gated MLP, each with a residual."""
+
   cfg: TextDecoderConfig
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32

@@ -1,6 +1,6 @@
 """The text side of contrastive training, and the read-outs of the image side.
 
-Only the contrastive stage uses it: the release ships EVA-CLIP already trained and its text tower is not part of BLIP3-o.
+Only the contrastive stage uses it: the release takes EVA-CLIP trained, and its text tower is not part of BLIP3-o.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from blip3o_jax.nn.norms import LayerNorm
 
 @dataclasses.dataclass(frozen=True)
 class TextTowerConfig:
-  """text: a small causal decoder; dim: width of the shared space; patch_dim: pixels (times 3) behind one feature."""
+  """text: a small causal decoder; dim: width of the shared space; patch_dim: numbers (3 a pixel) behind one feature."""
 
   text: TextDecoderConfig
   dim: int
@@ -26,7 +26,7 @@ class TextTowerConfig:
 
 
 class TextTower(nn.Module):
-  """(features, caption) -> two unit vectors in one space, their logit scale, and a linear guess of each token's pixels."""
+  """(features, caption) -> two unit vectors, their logit scale, and a linear guess of the pixels behind each token."""
 
   cfg: TextTowerConfig
   dtype: Any = jnp.float32
@@ -43,7 +43,9 @@ class TextTower(nn.Module):
     pooled_text = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     pooled_image = LayerNorm(name="image_norm", **kinds)(jnp.mean(features, axis=1))
     unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-    image = unit(Dense(self.cfg.dim, ("embed", None), False, name="image_proj", **kinds)(pooled_image).astype(jnp.float32))
+    image = unit(
+      Dense(self.cfg.dim, ("embed", None), False, name="image_proj", **kinds)(pooled_image).astype(jnp.float32)
+    )
     text = unit(Dense(self.cfg.dim, ("embed", None), False, name="text_proj", **kinds)(pooled_text).astype(jnp.float32))
     # CLIP's initial temperature 0.07, kept below 100 (Radford et al., section 2.5).
     log_scale = self.param("logit_scale", nn.initializers.constant(np.log(1 / 0.07)), (), jnp.float32)

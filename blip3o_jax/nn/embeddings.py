@@ -6,7 +6,7 @@ import numpy as np
 
 
 def timestep_features(t: jax.Array, size: int, *, max_period: float = 10000.0) -> jax.Array:
-  """Sinusoids of a scalar, cosines first: t [...] -> float32 [..., size] (spec 2.2; diffusers flip_sin_to_cos, shift 0)."""
+  """Sinusoids of a scalar, cosines first: t [...] -> float32 [..., size] (spec 2.2)."""
   half = size // 2
   omega = jnp.exp(-np.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
   angle = t.astype(jnp.float32)[..., None] * omega

@@ -80,9 +80,7 @@ class Conv(nn.Module):
     if self.method == "matmul":
       x = jnp.pad(x, ((0, 0), *pad, (0, 0)))
       h, w = (x.shape[1] - k) // s + 1, (x.shape[2] - k) // s + 1
-      cols = [
-        x[:, i : i + s * (h - 1) + 1 : s, j : j + s * (w - 1) + 1 : s] for i in range(k) for j in range(k)
-      ]
+      cols = [x[:, i : i + s * (h - 1) + 1 : s, j : j + s * (w - 1) + 1 : s] for i in range(k) for j in range(k)]
       y = jnp.concatenate(cols, axis=-1) @ kernel.reshape(-1, self.features)
     else:
       y = jax.lax.conv_general_dilated(x, kernel, (s, s), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))

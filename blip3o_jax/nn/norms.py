@@ -48,9 +48,7 @@ class LayerNorm(nn.Module):
     if self.affine:
       part = lambda init: nn.with_logical_partitioning(init, (self.axis,))
       x = x * self.param("scale", part(self.scale_init), x.shape[-1:], self.param_dtype).astype(jnp.float32)
-      x = x + self.param("bias", part(nn.initializers.zeros_init()), x.shape[-1:], self.param_dtype).astype(
-        jnp.float32
-      )
+      x = x + self.param("bias", part(nn.initializers.zeros_init()), x.shape[-1:], self.param_dtype).astype(jnp.float32)
     return x.astype(self.dtype)
 
 

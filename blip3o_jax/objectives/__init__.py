@@ -7,7 +7,7 @@ An objective is a module with
 
 `loss_sum / weight` is the loss; the trainer divides once, after accumulation and sharding, so that unequal counts
 weigh right. `metrics` are sums too (divided by the same weight). `cfg` is the plain dict `config.objective_args`,
-spread over the keyword arguments of the private function that does the work. An objective knows no mesh, checkpoint or file.
+spread over the keyword arguments of the function that does the work. An objective knows no mesh, checkpoint or file.
 """
 
 import importlib

@@ -17,21 +17,22 @@ COMPONENTS = ("backbone", "queries", "dit", "clip")
 def loss(params, batch, rng, *, model, cfg):
   """Mean squared error of the predicted velocity.
 
-  `batch`: tokens [B, L] ending with the image-start token (padded on the right), token_mask [B, L], positions [B, 3, L],
-  and pixels [B, S, S, 3] uint8 or features [B, N, C].
+  `batch`: tokens [B, L] ending with the image-start token (then padding), token_mask [B, L], positions [B, 3, L], and
+  pixels [B, S, S, 3] uint8 or features [B, N, C]. `prefix_pass=False` is for a backbone that trains.
   """
   return _loss(params, batch, rng, model=model, **cfg)
 
 
-def _loss(params, batch, rng, *, model, drop: float = 0.1, times: str = "discrete"):
-  call = lambda *args, method: model.apply({"params": params}, *args, method=method)
+def _loss(params, batch, rng, *, model, drop: float = 0.1, times: str = "discrete", prefix_pass: bool = True):
+  call = lambda *args, method, **kwargs: model.apply({"params": params}, *args, method=method, **kwargs)
   x1 = batch["features"] if "features" in batch else call(batch["pixels"], method="clip_features")
   x1 = jax.lax.stop_gradient(x1)
   b, n, c = x1.shape
   side = int(n**0.5)
   x1 = x1.reshape(b, side, side, c)
 
-  condition = call(batch["tokens"], batch["token_mask"], batch["positions"], method="query_states")
+  prompt = batch["tokens"], batch["token_mask"], batch["positions"]
+  condition = call(*prompt, prefix_pass=prefix_pass, method="query_states")
   time_rng, noise_rng, drop_rng = jax.random.split(rng, 3)
   condition = flow_matching.drop_condition(drop_rng, condition, drop)
   sigma, t = flow_matching.sample_times(time_rng, b, mode=times)

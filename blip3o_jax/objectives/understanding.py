@@ -1,4 +1,4 @@
-"""Understanding: cross entropy on the answers of a conversation about pictures (the stage before BLIP3-o freezes it)."""
+"""Understanding: cross entropy on the answers of a conversation about pictures. The paper freezes what it trains."""
 
 import jax
 import jax.numpy as jnp

@@ -14,8 +14,8 @@ _COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 def start() -> None:
   """Call before anything touches a device; a second call does nothing.
 
-  Several processes: joined when JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, in a SLURM step of
-  more than one task, or on a TPU pod of more than one host.
+  Several processes: joined when JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, in a SLURM step
+  of more than one task, or on a TPU pod of more than one host.
   One process on a CPU: as many simulated devices as cores, since one device leaves most of them idle (a convolutional
   training step on two cores ran twice as fast on two devices).
 

@@ -44,6 +44,7 @@ def _run(path: Path) -> ConfigDict:
     raise UserError(f"{path} is not a Python file; a config is a .py file with get_config()")
   module = importlib.util.module_from_spec(spec)
   sys.path.insert(0, str(path.parent.resolve()))  # a config may import the one beside it that it varies
+  before = set(sys.modules)
   try:
     spec.loader.exec_module(module)
     if not callable(getattr(module, "get_config", None)):
@@ -58,6 +59,9 @@ def _run(path: Path) -> ConfigDict:
     raise UserError(f"{path} failed at {line.filename}:{line.lineno}: {type(error).__name__}: {error}") from error
   finally:
     sys.path.remove(str(path.parent.resolve()))
+    for name in set(sys.modules) - before:  # another directory may have a config of the same name
+      if Path(getattr(sys.modules[name], "__file__", None) or "").parent == path.parent.resolve():
+        del sys.modules[name]
   if not isinstance(config, ConfigDict):
     raise UserError(f"get_config() of {path} returned {type(config).__name__}, not an ml_collections.ConfigDict")
   return config

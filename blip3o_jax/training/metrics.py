@@ -55,8 +55,8 @@ class MetricLog:
     values = {key: value.item() for key, value in jax.device_get(dict(scalars)).items()}
     if (bad := values.pop("skipped_in_row")) >= self._max_bad:
       raise UserError(
-        f"loss or gradient was not finite for {bad} steps in a row (step {step}); lower optimizer.learning_rate, check the"
-        " data, or start again from an older checkpoint"
+        f"loss or gradient was not finite for {bad} steps in a row (step {step}); lower optimizer.learning_rate or look"
+        " at the data"
       )
     if step != 1 and step % self._every and step != self._steps:
       return
@@ -70,9 +70,12 @@ class MetricLog:
     self._file.write(json.dumps(self.last) + "\n")
     self._file.flush()
     eta = (self._steps - step) * seconds / max(steps, 1)
-    extra = " ".join(f"{k} {v:.4g}" for k, v in values.items() if k not in ("loss", "skipped") or (k == "skipped" and v))
+    extra = " ".join(
+      f"{k} {v:.4g}" for k, v in values.items() if k not in ("loss", "skipped") or (k == "skipped" and v)
+    )
     print(
-      f"step {step}/{self._steps}  loss {values['loss']:.5f}  {rate:.1f} examples/s  ETA {_clock(eta)}  {extra}", flush=True
+      f"step {step}/{self._steps}  loss {values['loss']:.5f}  {rate:.1f} examples/s  ETA {_clock(eta)}  {extra}",
+      flush=True,
     )
     if self._board is not None:
       self._board.write_scalars(step, self.last)

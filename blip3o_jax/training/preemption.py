@@ -7,8 +7,8 @@ import threading
 class StopFlag:
   """Inside the `with`, the first SIGTERM or SIGINT sets `requested`; a second one acts as it did before.
 
-  Orbax's own pre-emption point never fires in a single process, hence this. In a job of several processes SIGTERM belongs
-  to JAX's pre-emption service, which makes all of them stop at the same step: pass `enabled=False` there.
+  Orbax's own pre-emption point never fires in a single process, hence this. In a job of several processes SIGTERM
+  belongs to JAX's pre-emption service, which makes all of them stop at the same step: pass `enabled=False` there.
   """
 
   def __init__(self, *, enabled: bool = True):

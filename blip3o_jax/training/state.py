@@ -20,7 +20,7 @@ class TrainState:
   """All that a checkpoint holds. Frozen parameters are not here: they come from `init_from` again.
 
   `trained`, `ema` are {component: tree} in float32; `ema` is empty when it is off. `step` counts batches consumed,
-  `skipped` the updates left out because loss or gradient was not finite, `skipped_in_row` those since the last good one.
+  `skipped` the updates left out for a non-finite loss or gradient, `skipped_in_row` those after the last good one.
   """
 
   step: jax.Array

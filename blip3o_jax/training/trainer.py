@@ -10,7 +10,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -27,6 +26,7 @@ from blip3o_jax.training.defaults import claim, complete
 from blip3o_jax.training.feed import Prefetch, open_loader, tokenizer_dir
 from blip3o_jax.training.preemption import StopFlag
 from blip3o_jax.training.state import TrainState
+from blip3o_jax.training.step import make_step, streams
 from blip3o_jax.types import Batch, Params
 
 
@@ -131,16 +131,24 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainResult:
       seconds = time.monotonic() - clock
       store.save(done, train_state, {"position": done, "seed": config.seed, "seconds": seconds, "frozen": sources})
 
+    def preempt(done: int) -> None:
+      save(done)
+      store.wait()
+      raise Preempted(f"stopped after step {done} of {config.steps}; saved in {workdir}, run the same command again")
+
     with Prefetch(loader, rules.batch_sharding(mesh)) as batches:
       for done in range(start + 1, config.steps + 1):
-        batch = next(batches)
+        try:
+          batch = next(batches)
+        except Exception:
+          if not stop.requested:  # Ctrl-C reaches the loader's worker processes too
+            raise
+          preempt(done - 1)
         with jax.transfer_guard("disallow" if done > start + 1 else "allow"):  # tracing may move constants
           train_state, scalars = program.step(train_state, frozen, batch)
         log.add(done, scalars)
         if stop.requested or (jax.process_count() > 1 and store.reached_preemption(done)):
-          save(done)
-          store.wait()
-          raise Preempted(f"stopped after step {done} of {config.steps}; saved in {workdir}, run the same command again")
+          preempt(done)
         if done % config.save_every == 0 or done == config.steps:
           save(done)
     log.flush()
@@ -176,7 +184,9 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
   fresh = jax.eval_shape(lambda x: state.create(x, optimizer, ema=bool(config.ema_decay)), trained)
   frozen, fresh = _placed(mesh, frozen), _placed(mesh, fresh)
 
-  step = make_step(config, model, objective, optimizer, schedule)
+  # A convolution inside a rolled loop is some twenty times slower on the CPU back end.
+  unroll = mesh.devices.flat[0].platform == "cpu"
+  step = make_step(config, model, objective, optimizer, schedule, unroll=unroll)
   shardings = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
   step = jax.jit(
     step,
@@ -185,69 +195,6 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
     out_shardings=(shardings(fresh), rules.replicated(mesh)),
   )
   return Program(model, mesh, components, state.merge(fresh.trained, frozen), frozen, fresh, step)
-
-
-def make_step(config: ConfigDict, model: Blip3o, objective: Any, optimizer: Any, schedule: Any) -> Callable:
-  """The pure function (state, frozen, batch) -> (state, scalars) of one update."""
-  args = config.objective_args.to_dict()
-  parts = config.accumulate
-
-  def sums(trained, frozen, batch, rng):
-    total, weight, sums = objective.loss(state.merge(trained, frozen), batch, rng, model=model, cfg=args)
-    return total.astype(jnp.float32), {"weight": weight, **sums}
-
-  def accumulated(trained, frozen, batch, rng):
-    """Gradient of the summed loss over the parts of a batch; each part is spread over all devices."""
-    gradient = jax.value_and_grad(sums, has_aux=True)
-    if parts == 1:
-      return gradient(trained, frozen, batch, rng)
-    parted = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-
-    def add(carry, part):
-      i, batch = part
-      return jax.tree.map(jnp.add, carry, gradient(trained, frozen, batch, jax.random.fold_in(rng, i))), None
-
-    first = jax.eval_shape(gradient, trained, frozen, jax.tree.map(lambda x: x[0], parted), rng)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-    # A convolution inside a rolled loop is some twenty times slower on the CPU back end.
-    unroll = jax.default_backend() == "cpu"
-    return jax.lax.scan(add, zero, (jnp.arange(parts), parted), unroll=unroll)[0]
-
-  def step(old: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-    with nn.logical_axis_rules(rules.RULES):
-      # A function of (seed, step) alone, so that a resumed run draws the same numbers.
-      rng = jax.random.fold_in(_streams(config.seed)[1], old.step)
-      (total, sums), grads = accumulated(old.trained, frozen, batch, rng)
-    weight = sums.pop("weight")
-    scale = 1.0 / weight  # the one division, after all parts and devices
-    loss = total * scale
-    grads = jax.tree.map(lambda g: g * scale, grads)
-    norm = optax.tree.norm(grads)
-    rate = schedule(old.step)
-    updates, opt_state = optimizer.update(
-      optimizers.clip_by_norm(grads, norm, config.clip_norm), old.opt_state, old.trained
-    )
-    trained = jax.tree.map(lambda p, u: p - rate * u, old.trained, updates)
-    # The average starts as a plain mean, so that the random start is soon forgotten.
-    decay = jnp.minimum(config.ema_decay, (1.0 + old.step) / (10.0 + old.step))
-    ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, old.ema, trained) if config.ema_decay else {}
-
-    good = jnp.isfinite(loss) & jnp.isfinite(norm)
-    keep = lambda new, past: jax.tree.map(lambda n, p: jnp.where(good, n, p), new, past)
-    bad = 1 - good.astype(jnp.int32)
-    new = TrainState(
-      step=old.step + 1,
-      trained=keep(trained, old.trained),
-      opt_state=keep(opt_state, old.opt_state),
-      ema=keep(ema, old.ema),
-      skipped=old.skipped + bad,
-      skipped_in_row=(old.skipped_in_row + 1) * bad,
-    )
-    scalars = {"loss": loss, **{name: value * scale for name, value in sums.items()}}
-    scalars |= {"learning_rate": rate, "grad_norm": norm, "skipped": new.skipped}
-    return new, scalars | {"skipped_in_row": new.skipped_in_row}
-
-  return step
 
 
 def initial_params(config: ConfigDict, program: Program, wanted: Params, say: Callable = print) -> Params:
@@ -266,7 +213,9 @@ def initial_params(config: ConfigDict, program: Program, wanted: Params, say: Ca
   scratch = tuple(name for name in wanted if name not in params)
   if frozen := [name for name in scratch if name in program.frozen]:
     if config.init_from:
-      raise UserError(f"{config.init_from} has no {frozen[0]}, which is frozen here; give an init_from that has, or train it")
+      raise UserError(
+        f"{config.init_from} has no {frozen[0]}, which is frozen here; give an init_from that has, or train it"
+      )
     say(f"WARNING: frozen but random, as init_from is empty: {', '.join(frozen)}")
   if scratch:
     target = {name: wanted[name] for name in scratch}
@@ -276,13 +225,13 @@ def initial_params(config: ConfigDict, program: Program, wanted: Params, say: Ca
       return jax.tree.map(lambda x, t: x.astype(t.dtype), fresh, target)
 
     out = jax.tree.map(lambda x: x.sharding, target)
-    params |= jax.jit(init, out_shardings=out)(_streams(config.seed)[0])
+    params |= jax.jit(init, out_shardings=out)(streams(config.seed)[0])
     say(f"from scratch: {', '.join(scratch)}")
   return params
 
 
 def frozen_sources(config: ConfigDict, program: Program) -> dict[str, str]:
-  """Content hash in init_from of every component that is frozen, wholly or in part: a resumed run must find the same."""
+  """Content hash in init_from of every component that is frozen at least in part: a resumed run must find the same."""
   if not config.init_from:
     return {}
   there = model_dir.components(config.init_from)
@@ -290,7 +239,7 @@ def frozen_sources(config: ConfigDict, program: Program) -> dict[str, str]:
 
 
 def export(config: ConfigDict, program: Program, params: Params, directory: Path, facts: dict[str, Any]) -> None:
-  """Write the model directory of a finished run. What init_from has and nothing here trained is carried over as it is."""
+  """Write the model directory of a finished run. What init_from has and was not trained is carried over as it is."""
   carried = model_dir.components(config.init_from) if config.init_from else ()
   model_dir.write(
     directory,
@@ -311,12 +260,6 @@ def export(config: ConfigDict, program: Program, params: Params, directory: Path
       **facts,
     },
   )
-
-
-def _streams(seed: int) -> tuple[jax.Array, jax.Array]:
-  """Independent keys for initialisation and for the steps."""
-  init, steps = jax.random.split(jax.random.key(seed))
-  return init, steps
 
 
 def _placed(mesh: Mesh, boxed: Any) -> Any:

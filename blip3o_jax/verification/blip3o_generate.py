@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blip3o_jax.errors import UserError
 from blip3o_jax.models.blip3o import Blip3o, Blip3oConfig, LatentQueries
 from blip3o_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig
 from blip3o_jax.models.text_decoder import text_positions
@@ -18,9 +19,11 @@ def load(rec: Recording) -> tuple[Blip3o, next_dit.LoadedDiT, dict]:
   """(model, its DiT, {component: parameters} of backbone, queries and DiT)."""
   reader = rec.weights()
   backbone = blip3o.part(reader, "backbone")
-  cfg = Qwen25VLConfig.from_reference(rec.setting("qwen"), shapes(backbone))
-  dit = next_dit.load(rec.setting("dit"), reader)
+  cfg = rec.build(Qwen25VLConfig.from_reference, rec.setting("qwen"), shapes(backbone))
+  dit = next_dit.load(rec, rec.setting("dit"), reader)
   queries = blip3o.part(reader, "queries")
+  if not queries:
+    raise UserError(f"{rec.path}: no model.latent_queries among the weights")
   count = queries.shape("latent_queries")[1]
   model = Blip3o(Blip3oConfig(cfg, dit.model.cfg, clip=None, unet=None, vae=None, queries=count))
   params = {

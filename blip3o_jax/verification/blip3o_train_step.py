@@ -15,12 +15,11 @@ from blip3o_jax.verification.recording import Recording, load_params, nchw, nhwc
 
 def check(rec: Recording) -> None:
   model, dit, params = blip3o_generate.load(rec)
-  sch = rec.setting("scheduler")
 
   # Targets: pooled features of the picture.
   reader = blip3o.part(rec.weights(), "clip")
   tower = {"vision_cfg": rec.setting("eva"), "gen_pooling": rec.setting("gen_pooling")}
-  clip = EvaClip(EvaClipConfig.from_reference(tower, shapes(reader)))
+  clip = EvaClip(rec.build(EvaClipConfig.from_reference, tower, shapes(reader)))
   image = nhwc(rec.input("gen_image"))
   features = jax.jit(lambda p, x: clip.apply({"params": p}, x))(load_params("clip", reader, clip, image), image)
   side = clip.cfg.side // clip.cfg.pool_stride
@@ -39,7 +38,9 @@ def check(rec: Recording) -> None:
   positions = jnp.broadcast_to(text_positions(valid)[:, None], (len(tokens), 3, prompt.shape[1]))
 
   sigma, t = flow_matching.times_at(
-    jnp.asarray(rec.input("u")), n=int(sch["num_train_timesteps"]), shift=float(sch["shift"])
+    jnp.asarray(rec.input("u")),
+    n=int(rec.setting("scheduler", "num_train_timesteps")),
+    shift=float(rec.setting("scheduler", "shift")),
   )
   rec.compare("timesteps", t)
   noise = nhwc(rec.input("noise"))

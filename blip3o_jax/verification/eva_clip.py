@@ -9,7 +9,7 @@ from blip3o_jax.verification.recording import Recording, load_params, nhwc, shap
 
 def check(rec: Recording) -> None:
   reader = rec.weights()
-  cfg = EvaClipConfig.from_reference(rec.config, shapes(reader))
+  cfg = rec.build(EvaClipConfig.from_reference, rec.config, shapes(reader))
   model = EvaClip(cfg)
   image = nhwc(rec.input("image"))
   params = load_params("clip", reader, model, image)

@@ -1,5 +1,7 @@
 """Flow matching: scheduler tables, one training batch with its gradients, and the guided sampling loop."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from blip3o_jax.verification.recording import FORWARD, TRAJECTORY, Recording, nc
 
 
 def check(rec: Recording) -> None:
-  dit = next_dit.load(rec.setting("dit"), rec.weights())
+  dit = next_dit.load(rec, rec.setting("dit"), rec.weights())
   count, shift = int(rec.setting("scheduler", "num_train_timesteps")), float(rec.setting("scheduler", "shift"))
   cond = jnp.asarray(rec.input("cond"))
 
@@ -70,7 +72,7 @@ def draw(dit: next_dit.LoadedDiT, params, cond: jax.Array, noise: jax.Array, **s
 def compare_states(rec: Recording, name: str, sample: solvers.FlowSample) -> None:
   """`<name>1`, `<name>10`, `<name>_half`: the latents after that many steps."""
   steps = len(sample.states)
-  for array, step in rec.matching(rf"{name}(\d+)"):
+  for array, step in rec.matching(re.escape(name) + r"(\d+)"):
     if 1 <= step <= steps:
       rec.compare(array, nchw(sample.states[step - 1]), FORWARD if step == 1 else TRAJECTORY)
   if steps > 1:

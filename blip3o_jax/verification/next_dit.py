@@ -28,24 +28,25 @@ class LoadedDiT:
     return self.model.apply({"params": params}, x, t, condition)
 
   def key(self, _: str, key: str) -> str:
+    """Name of a weight in the recording, from that in the release."""
     return self.prefix + key.removeprefix("model.")
 
 
-def load(config: Mapping[str, Any], reader: Any) -> LoadedDiT:
+def load(rec: Recording, config: Mapping[str, Any], reader: Any) -> LoadedDiT:
   """The DiT among the weights of a recording, under whatever prefix."""
   prefixes = [key.removesuffix(_ANCHOR) for key in reader if key.endswith(_ANCHOR)]
   if len(prefixes) != 1:
-    raise UserError(f"the recording's weights hold {len(prefixes)} diffusion transformers ({_ANCHOR}); expected one")
+    raise UserError(f"{rec.path}: the weights hold {len(prefixes)} diffusion transformers ({_ANCHOR}); expected one")
   prefix = prefixes[0]
   part = Renamed(reader, {"model." + key.removeprefix(prefix): key for key in reader if key.startswith(prefix)})
-  cfg = NextDiTConfig.from_reference(config, shapes(part))
+  cfg = rec.build(NextDiTConfig.from_reference, config, shapes(part))
   model = NextDiT(cfg)
   zeros = (jnp.zeros((1, *cfg.grid, cfg.in_channels)), jnp.zeros(1), jnp.zeros((1, 1, cfg.condition_dim)))
   return LoadedDiT(model, load_params("dit", part, model, *zeros), prefix)
 
 
 def check(rec: Recording) -> None:
-  dit = load(rec.config, rec.weights())
+  dit = load(rec, rec.config, rec.weights())
   cfg = dit.model.cfg
   x, t, z = nhwc(rec.input("x")), jnp.asarray(rec.input("timestep")), jnp.asarray(rec.input("z_latents"))
 

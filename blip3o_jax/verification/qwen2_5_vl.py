@@ -1,5 +1,7 @@
 """Qwen2.5-VL: text batches, prompts with images, the vision tower's layers, greedy decoding."""
 
+import re
+
 import jax
 import numpy as np
 
@@ -12,7 +14,7 @@ from blip3o_jax.verification.text_decoder import check_group, groups
 
 def check(rec: Recording) -> None:
   reader = rec.weights()
-  cfg = Qwen25VLConfig.from_reference(rec.config, shapes(reader))
+  cfg = rec.build(Qwen25VLConfig.from_reference, rec.config, shapes(reader))
   model = Qwen25VL(cfg)
   params = load_params("backbone", reader, model, method="touch")
   for prefix in groups(rec):
@@ -74,7 +76,7 @@ def _check_vision(rec: Recording, prefix: str, model: Qwen25VL, params: dict, pa
   row = np.broadcast_to(np.arange(len(real))[:, None], real.shape)[real]
   order = np.lexsort((patches["patch_window"][real], row))
   blocks = sown(state, "vision", "layers", "block_out")[:, real][:, order]
-  for name, layer in rec.matching(rf"{prefix}vision_block(\d+)_out_window_order"):
+  for name, layer in rec.matching(re.escape(prefix) + r"vision_block(\d+)_out_window_order"):
     if layer < len(blocks):
       rec.compare(name, blocks[layer])
   rec.compare(f"{prefix}vision_last_hidden_window_order", blocks[-1])

@@ -89,6 +89,14 @@ class Recording:
       value = value[name]
     return value
 
+  def build(self, from_reference: Callable, *args) -> Any:
+    """Our config by its `from_reference`. Raises UserError if the recording's lacks something."""
+    try:
+      return from_reference(*args)
+    except (KeyError, TypeError) as error:
+      name = self.fixture.get("config", "config.json")
+      raise UserError(f"{self.path / name}: cannot be understood ({type(error).__name__}: {error})") from error
+
   # ---- the account
 
   @property
@@ -99,9 +107,11 @@ class Recording:
     return name in self._arrays
 
   def ndim(self, name: str) -> int:
+    """Number of axes of a recorded array."""
     return self._arrays[name].ndim
 
   def length(self, name: str, axis: int) -> int:
+    """Size of one axis of a recorded array."""
     return self._arrays[name].shape[axis]
 
   def matching(self, pattern: str) -> Iterator[tuple[str, int]]:

@@ -13,8 +13,8 @@ from blip3o_jax.verification.recording import FORWARD, TRAJECTORY, Recording, lo
 
 def check(rec: Recording) -> None:
   reader = rec.weights()
-  unet = UNet(UNetConfig.from_reference(rec.setting("unet")))
-  vae = AutoencoderKL(AutoencoderKLConfig.from_reference(rec.setting("vae")))
+  unet = UNet(rec.build(UNetConfig.from_reference, rec.setting("unet")))
+  vae = AutoencoderKL(rec.build(AutoencoderKLConfig.from_reference, rec.setting("vae")))
   side = vae.cfg.downsampling
   vae_params = load_params("vae", blip3o.part(reader, "vae"), vae, jnp.zeros((1, side, side, vae.cfg.in_channels)))
   decode = jax.jit(lambda p, z: vae.apply({"params": p}, z, method="decode"))
@@ -29,7 +29,7 @@ def check(rec: Recording) -> None:
 
   # One UNet call, as the loop makes it at its first step: conditional half first (spec 6.3).
   steps, guidance = int(rec.setting("steps")), float(rec.setting("guidance_scale"))
-  process = EulerDiscreteConfig.from_reference(rec.setting("scheduler"))
+  process = rec.build(EulerDiscreteConfig.from_reference, rec.setting("scheduler"))
   cond, null = rec.input("cond"), rec.input("null_cond")
   noise = nhwc(rec.input("init_noise"))
   tables = euler_tables(process, steps)

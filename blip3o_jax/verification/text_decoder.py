@@ -1,5 +1,6 @@
 """Text-only language models: padded batches and greedy decoding."""
 
+import re
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from blip3o_jax.verification.recording import Recording, load_params, shapes, so
 
 def check(rec: Recording) -> None:
   reader = rec.weights()
-  model = TextDecoder(TextDecoderConfig.from_reference(rec.config, shapes(reader)))
+  model = TextDecoder(rec.build(TextDecoderConfig.from_reference, rec.config, shapes(reader)))
   params = load_params("text_decoder", reader, model, method="touch")
   for prefix in groups(rec):
     mask = rec.input(f"{prefix}attention_mask").astype(bool)
@@ -64,7 +65,7 @@ def check_group(
   valid = mask[..., None]
   rec.compare(f"{prefix}logits", logits, valid=valid)
   rec.compare(f"{prefix}last_hidden_state", hidden, valid=valid)
-  for name, layer in rec.matching(rf"{prefix}hidden_state_after_layer(\d+)"):
+  for name, layer in rec.matching(re.escape(prefix) + r"hidden_state_after_layer(\d+)"):
     if layer < layers:
       rec.compare(name, sown(state, *stack, "block_out")[layer], valid=valid)
 

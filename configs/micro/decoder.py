@@ -1,27 +1,29 @@
 """The miniature, stage 3 of 6: the CLIP-conditioned diffusion decoder (the release takes Emu2's).
 
-  blip3o train --config configs/micro/decoder.py --workdir runs/micro/decoder
+blip3o train --config configs/micro/decoder.py --workdir runs/micro/decoder
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  return ConfigDict({
-    "seed": 0,
-    "steps": 5000,
-    "batch_size": 32,
-    "objective": "decoding",
-    "objective_args": {"drop": 0.1},
-    "sampling": {"decoder_steps": 20, "decoder_guidance": 1.0, "decoder_null": "image"},
-    "model": {"preset": "micro"},
-    "trainable": ("unet/",),
-    "init_from": "runs/micro/clip/model",
-    "data": {"task": "images", "path": "runs/shapes/pretrain", "image_size": 64, "cache": True},
-    "optimizer": {"learning_rate": 2e-3, "b2": 0.99},
-    "schedule": {"name": "cosine_min", "min_ratio": 0.02, "warmup_steps": 200},
-    "ema_decay": 0.998,
-    "compute_dtype": "float32",
-    "save_every": 500,
-    "log_every": 20,
-  })
+  return ConfigDict(
+    {
+      "seed": 0,
+      "steps": 1500,
+      "batch_size": 32,
+      "objective": "decoding",
+      "objective_args": {"drop": 0.1},
+      "sampling": {"decoder_steps": 20, "decoder_guidance": 1.0, "decoder_null": "image"},
+      "model": {"preset": "micro"},
+      "trainable": ("unet/",),
+      "init_from": "runs/micro/clip/model",
+      "data": {"task": "images", "path": "runs/shapes/pretrain", "image_size": 64, "cache": True},
+      "optimizer": {"learning_rate": 2e-3, "b2": 0.99},
+      "schedule": {"name": "cosine_min", "min_ratio": 0.02, "warmup_steps": 200},
+      "ema_decay": 0.998,
+      "compute_dtype": "float32",
+      "save_every": 500,
+      "log_every": 20,
+    }
+  )

@@ -1,33 +1,35 @@
 """The miniature, stage 5 of 6: generation. Queries and DiT learn to draw CLIP features through the frozen backbone.
 
-  blip3o train --config configs/micro/generation.py --workdir runs/micro/generation
+blip3o train --config configs/micro/generation.py --workdir runs/micro/generation
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  return ConfigDict({
-    "seed": 0,
-    "steps": 8000,
-    "batch_size": 64,
-    "objective": "generation",
-    "objective_args": {"drop": 0.1, "times": "continuous"},
-    "model": {"preset": "micro"},
-    "trainable": ("queries/", "dit/"),
-    "init_from": "runs/micro/understanding/model",
-    "data": {
-      "task": "generation",
-      "path": "runs/shapes/pretrain",
-      "image_size": 64,
-      "max_length": 48,
-      "form": "inference",
-      "wording": "release",
-    },
-    "optimizer": {"learning_rate": 1.5e-3, "b2": 0.99},
-    "schedule": {"name": "cosine_min", "min_ratio": 0.1, "warmup_steps": 200},
-    "ema_decay": 0.998,
-    "compute_dtype": "float32",
-    "save_every": 500,
-    "log_every": 20,
-  })
+  return ConfigDict(
+    {
+      "seed": 0,
+      "steps": 8000,
+      "batch_size": 64,
+      "objective": "generation",
+      "objective_args": {"drop": 0.1, "times": "continuous"},
+      "model": {"preset": "micro"},
+      "trainable": ("queries/", "dit/"),
+      "init_from": "runs/micro/understanding/model",
+      "data": {
+        "task": "generation",
+        "path": "runs/shapes/pretrain",
+        "image_size": 64,
+        "max_length": 48,
+        "form": "inference",
+        "wording": "release",
+      },
+      "optimizer": {"learning_rate": 1.5e-3, "b2": 0.99},
+      "schedule": {"name": "cosine_min", "min_ratio": 0.1, "warmup_steps": 200},
+      "ema_decay": 0.998,
+      "compute_dtype": "float32",
+      "save_every": 500,
+      "log_every": 20,
+    }
+  )

@@ -1,6 +1,6 @@
 """The miniature, stage 6 of 6: instruction tuning on a small set balanced over the six families (BLIP3o-60k's part).
 
-  blip3o train --config configs/micro/instruct.py --workdir runs/micro/instruct
+blip3o train --config configs/micro/instruct.py --workdir runs/micro/instruct
 """
 
 from generation import get_config as pretraining

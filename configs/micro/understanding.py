@@ -1,30 +1,32 @@
 """The miniature, stage 4 of 6: understanding (the release takes Qwen2.5-VL). Frozen ever after.
 
-  blip3o train --config configs/micro/understanding.py --workdir runs/micro/understanding
+blip3o train --config configs/micro/understanding.py --workdir runs/micro/understanding
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  return ConfigDict({
-    "seed": 0,
-    "steps": 5000,
-    "batch_size": 48,
-    "objective": "understanding",
-    "model": {"preset": "micro"},
-    "trainable": ("backbone/",),
-    "init_from": "runs/micro/decoder/model",
-    "data": {
-      "task": "conversations",
-      "path": "runs/shapes/understanding/questions.jsonl",
-      "max_length": 192,
-      "max_patches": 64,
-    },
-    "optimizer": {"learning_rate": 2e-3, "b2": 0.99, "weight_decay": 0.01},
-    "schedule": {"name": "cosine_min", "min_ratio": 0.02, "warmup_steps": 200},
-    "ema_decay": 0.998,
-    "compute_dtype": "float32",
-    "save_every": 500,
-    "log_every": 20,
-  })
+  return ConfigDict(
+    {
+      "seed": 0,
+      "steps": 1600,
+      "batch_size": 32,
+      "objective": "understanding",
+      "model": {"preset": "micro"},
+      "trainable": ("backbone/",),
+      "init_from": "runs/micro/decoder/model",
+      "data": {
+        "task": "conversations",
+        "path": "runs/shapes/understanding/questions.jsonl",
+        "max_length": 192,
+        "max_patches": 64,
+      },
+      "optimizer": {"learning_rate": 2e-3, "b2": 0.99, "weight_decay": 0.01},
+      "schedule": {"name": "cosine_min", "min_ratio": 0.02, "warmup_steps": 200},
+      "ema_decay": 0.998,
+      "compute_dtype": "float32",
+      "save_every": 500,
+      "log_every": 20,
+    }
+  )

@@ -1,11 +1,14 @@
 """The quickstart's own logic: order, resuming, what it refuses, what it tells. The heavy steps are stood in for."""
 
 import json
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from blip3o_jax.apps import quickstart
+from blip3o_jax.cli import make_parser
 from blip3o_jax.data import shapes
 from blip3o_jax.errors import CheckFailed, Preempted, UserError
 from blip3o_jax.evaluation import shapes as evaluation
@@ -150,12 +153,12 @@ def test_a_stage_is_trained_with_its_own_config_here(tmp_path, monkeypatch):
   seen = {}
   monkeypatch.setattr(quickstart, "train", lambda config, workdir: seen.update(config=config, workdir=workdir))
   monkeypatch.chdir(tmp_path)
-  quickstart._train(quickstart.Path("q"), "clip", quickstart.Path("q/stages/vae/model"))
+  quickstart._train(Path("q"), "clip", Path("q/stages/vae/model"))
   assert seen["config"].data.path == str(tmp_path / "q" / "corpus" / "contrastive")
   assert seen["config"].init_from == str(tmp_path / "q" / "stages" / "vae" / "model")
-  assert seen["workdir"] == quickstart.Path("q/stages/clip")
+  assert seen["workdir"] == Path("q/stages/clip")
   assert seen["config"].tokenizer == ""
-  quickstart._train(quickstart.Path("q"), "vae", None)
+  quickstart._train(Path("q"), "vae", None)
   assert seen["config"].tokenizer == str(tmp_path / "q" / "corpus" / "tokenizer") and seen["config"].init_from == ""
 
 
@@ -167,6 +170,12 @@ def test_every_stage_has_a_config(stage):
 def test_missing_config_is_told():
   with pytest.raises(UserError, match="source checkout"):
     quickstart.config_file("distillation")
+
+
+def test_what_to_try_next_are_commands_that_there_are():
+  for _, command in quickstart.commands(Path("my runs/model")):
+    program, *args = shlex.split(command)
+    assert program == "blip3o" and make_parser().parse_args(args).model in ("my runs/model", Path("my runs/model"))
 
 
 def test_the_prompts_it_shows_off_are_not_held_out():

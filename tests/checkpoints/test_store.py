@@ -15,7 +15,12 @@ from blip3o_jax.errors import UserError
 
 
 def tree(value: float):
-  return {"a": {"w": jnp.full((3, 4), value)}, "step": jnp.int32(value), "half": jnp.full(2, value, jnp.bfloat16), "no": {}}
+  return {
+    "a": {"w": jnp.full((3, 4), value)},
+    "step": jnp.int32(value),
+    "half": jnp.full(2, value, jnp.bfloat16),
+    "no": {},
+  }
 
 
 def abstract(of):
@@ -71,7 +76,9 @@ def test_half_written_steps_do_not_count(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ["2"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: x")])
+@pytest.mark.parametrize(
+  "error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: x")]
+)
 def test_full_disk_is_one_line(tmp_path, monkeypatch, error):
   store = Store(tmp_path)
 

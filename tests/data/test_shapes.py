@@ -38,7 +38,7 @@ def test_triangles_point_up():
 
 
 def test_at_least_two_pixels_of_ground_between_objects():
-  for i, scene in enumerate(scenes(None, 80)):
+  for i, scene in enumerate(scenes(None, 40)):
     for a in scene.things:
       alone = [(render(Scene("white", (t,))) < 240).any(axis=-1) for t in (a, *[t for t in scene.things if t is not a])]
       rows, columns = np.nonzero(alone[0])
@@ -51,7 +51,7 @@ def test_at_least_two_pixels_of_ground_between_objects():
 @pytest.mark.parametrize("family", shapes.FAMILIES)
 def test_captions_are_true_of_their_pictures(family):
   rng = random.Random(family)
-  for scene in scenes(family, 40):
+  for scene in scenes(family, 25):
     caption = caption_of(scene, family, rng)
     assert satisfies(judge(render(scene)), caption.spec), caption.text
 
@@ -81,7 +81,7 @@ def test_relations_need_distance_and_the_longer_axis():
 @pytest.mark.parametrize("family", [*shapes.FAMILIES, None])
 def test_training_scenes_hold_nothing_out_and_say_nothing_held_out(family):
   rng = random.Random(f"say {family}")
-  for scene in scenes(family, 60):
+  for scene in scenes(family, 30):
     assert not shapes.is_held_out(judge(render(scene)))
     texts = [dense_caption(scene), dense_caption(scene, places=True)]
     texts += [caption_of(scene, family, rng).text] if family else []

@@ -31,10 +31,9 @@ def test_generation_prompt_is_the_recorded_one(tokenizer, golden):
 
 def test_generation_prompt_of_the_recorded_run(tokenizer, golden):
   recording = golden("blip3o_generate")
-  prompts = recording.config["prompts"]
   ids, mask = recording.io["batch_left:input_ids"], recording.io["batch_left:attention_mask"]
-  texts = prompts["batch_left"] if isinstance(prompts, dict) else prompts
-  for caption, row, valid in zip(texts, ids, mask, strict=True):
+  for prompt, row, valid in zip(recording.config["prompts"], ids, mask, strict=True):
+    caption = prompt.split("caption: ")[1].split("<|im_end|>")[0]
     assert templates.generation_prompt(tokenizer, caption) == row[valid.astype(bool)].tolist()
 
 

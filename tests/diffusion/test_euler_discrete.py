@@ -52,8 +52,8 @@ def test_tables_of_the_release():
   assert abs(tables.init_noise_sigma - 13.1585) < 1e-4
 
 
-@pytest.mark.parametrize("method", ["conv", "matmul"])
-def test_recorded_loop(method):
+def test_recorded_loop():
+  method = "matmul"  # as the samplers do on the CPU back end; test_unet.py holds the two methods equal
   g = load_golden("sdxl_decoder")
   io, config = g.io, g.config
   unet = UNet(dataclasses.replace(UNetConfig.from_reference(config["unet"]), conv_method=method))
@@ -77,7 +77,7 @@ def test_recorded_loop(method):
 
   vae = AutoencoderKL(dataclasses.replace(AutoencoderKLConfig.from_reference(config["vae"]), conv_method=method))
   params = weights_of(g, "vae.", vae, vae_rules.RULES, np.zeros((1, 64, 64, 3), np.float32))
-  image = vae.apply(params, ours.latents / vae.cfg.scaling_factor, method="decode")
+  image = jax.jit(lambda p, z: vae.apply(p, z / vae.cfg.scaling_factor, method="decode"))(params, ours.latents)
   image = np.clip(image / 2 + 0.5, 0, 1)
   assert relative_error(image, io["image"]) < 1e-3
   assert np.abs(np.round(image * 255).astype(int) - io["image_uint8"].astype(int)).max() <= 1

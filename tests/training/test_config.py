@@ -101,3 +101,14 @@ def test_a_config_may_import_its_neighbour_and_is_locked(file):
   assert config.steps == 99 and config.data.name == "z"
   with pytest.raises(AttributeError):
     config.stepz = 1
+
+
+def test_configs_of_one_name_in_two_directories_do_not_mix(tmp_path):
+  for name, steps in (("a", 1), ("b", 2)):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "base.py").write_text(f"STEPS = {steps}\n")
+    (tmp_path / name / "one.py").write_text(
+      "from base import STEPS\nfrom ml_collections import ConfigDict\n\n"
+      "def get_config():\n  return ConfigDict({'steps': STEPS})\n"
+    )
+  assert [load_config(tmp_path / name / "one.py").steps for name in "ab"] == [1, 2]

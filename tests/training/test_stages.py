@@ -1,4 +1,4 @@
-"""Two stages with the real parts: a VAE from scratch on the shapes world, then a CLIP encoder that starts from its run."""
+"""Two stages with the real parts: a VAE from scratch on the shapes world, then a CLIP encoder from its model."""
 
 import json
 
@@ -85,9 +85,7 @@ def test_a_frozen_part_that_is_nowhere_is_refused(world, vae_run, tmp_path):
 def test_other_frozen_weights_on_resume_are_refused(world, vae_run, tmp_path):
   """Part of the VAE trains, the rest comes from a directory whose content changes between two starts."""
   copy = tmp_path / "init"
-  model_dir.write(
-    copy, preset="micro", overrides=SMALL, params=model_dir.read_components(vae_run.model_dir, ("vae",))
-  )
+  model_dir.write(copy, preset="micro", overrides=SMALL, params=model_dir.read_components(vae_run.model_dir, ("vae",)))
   part = config(world, trainable=("vae/decoder",), init_from=str(copy), max_bad_steps=1)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(trainer, "export", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -24,7 +24,9 @@ def test_split_and_merge():
   assert "11 trained" in state.overview(trained, frozen).splitlines()[-1]
 
 
-@pytest.mark.parametrize("patterns, words", [(("unet/",), "unet/"), ((), "empty"), (("dit/(",), "regular"), (("kernel",), "kernel")])
+@pytest.mark.parametrize(
+  "patterns, words", [(("unet/",), "unet/"), ((), "empty"), (("dit/(",), "regular"), (("kernel",), "kernel")]
+)
 def test_bad_patterns(patterns, words):
   with pytest.raises(UserError, match=words):
     state.split(PARAMS, patterns)

@@ -63,6 +63,24 @@ def test_resume_is_exact_to_the_bit(whole, tmp_path, monkeypatch):
   assert all(np.array_equal(ours[name], whole[1][name]) for name in whole[1])
 
 
+def test_a_loader_that_dies_of_the_same_signal_loses_nothing(whole, tmp_path, monkeypatch):
+  """Ctrl-C reaches a loader's worker processes as well."""
+
+  def loader(config, architecture, start_step):
+    for index, batch in enumerate(toy.open_loader(config, architecture, start_step)):
+      if start_step + index == 13:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        raise RuntimeError("a worker process is gone")
+      yield batch
+
+  with monkeypatch.context() as patch, pytest.raises(Preempted, match="after step 13"):
+    patch.setattr(trainer, "open_loader", loader)
+    trainer.train(toy.config(ema_decay=0.9), tmp_path)
+  trainer.train(toy.config(ema_decay=0.9), tmp_path)
+  assert toy.losses(tmp_path) == whole[0]
+
+
 def test_a_crash_goes_back_to_the_last_save(whole, tmp_path, monkeypatch):
   def crash(*args):
     for index, batch in enumerate(toy.open_loader(*args)):
@@ -157,6 +175,17 @@ def test_ema_is_exported(tmp_path):
   assert toy.losses(tmp_path / "ema") == toy.losses(tmp_path / "plain")
   assert not np.array_equal(ema["head/kernel"], plain["head/kernel"])
   np.testing.assert_allclose(ema["head/kernel"], plain["head/kernel"], atol=0.05)
+
+
+def test_every_step_draws_its_own_noise(tmp_path, monkeypatch):
+  def same_batch(*args):
+    batch = next(toy.open_loader(*args))
+    while True:
+      yield batch
+
+  monkeypatch.setattr(trainer, "open_loader", same_batch)
+  trainer.train(toy.config(steps=3, optimizer={"learning_rate": 0.0}), tmp_path)
+  assert len(set(toy.losses(tmp_path).values())) == 3
 
 
 def test_the_step_compiles_once(tmp_path, caplog):

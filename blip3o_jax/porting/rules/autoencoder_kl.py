@@ -4,6 +4,7 @@ from blip3o_jax.porting.convert import Rule
 
 
 def conv(source: str, target: str) -> list[Rule]:
+  """A convolution with its bias."""
   return [Rule(f"{source}.weight", f"{target}/kernel", "conv"), Rule(f"{source}.bias", f"{target}/bias")]
 
 
@@ -15,10 +16,12 @@ def dense(source: str, target: str, *, bias: bool = True, old: str | None = None
 
 
 def norm(source: str, target: str) -> list[Rule]:
+  """A normalisation with gain and bias."""
   return [Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")]
 
 
 def resnet(source: str, target: str) -> list[Rule]:
+  """A residual block; the shortcut is there where the width changes."""
   return [
     *norm(f"{source}.norm1", f"{target}/norm1"),
     *conv(f"{source}.conv1", f"{target}/conv1"),

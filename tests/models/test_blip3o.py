@@ -1,0 +1,164 @@
+"""The whole model: parts wired to each other, the query pass, and fresh parameters by component."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from helpers import relative_error
+
+from blip3o_jax.models.blip3o import CLIP_MEAN, CLIP_STD, COMPONENTS, Blip3o
+from blip3o_jax.models.eva_clip import EvaClip
+from blip3o_jax.models.qwen2_5_vl import Qwen25VL
+from blip3o_jax.models.unet import UNet
+from blip3o_jax.porting import model_dir
+
+
+def call(method, **kwargs):
+  """A method of the tiny model, compiled: f(params, *args)."""
+  model = tiny.model()
+  return jax.jit(lambda params, *args: model.apply({"params": params}, *args, method=method, **kwargs))
+
+
+# ---- the query pass
+
+
+@pytest.fixture(scope="module")
+def passes():
+  """(value, gradients of queries, DiT and backbone) of one loss through both ways of the query pass."""
+  model, params = tiny.model(), tiny.params()
+  parts = {name: params[name] for name in ("backbone", "queries", "dit")}
+  noise = np.random.default_rng(0).normal(size=(3, 2, 2, 16)).astype(np.float32)
+
+  def loss(params, tokens, mask, positions, prefix_pass):
+    run = lambda *args, method, **kwargs: model.apply({"params": params}, *args, method=method, **kwargs)
+    states = run(tokens, mask, positions, method="query_states", prefix_pass=prefix_pass)
+    velocity = run(noise, jnp.asarray([900.0, 500.0, 10.0]), states, method="velocity")
+    return jnp.mean(jnp.square(velocity)), states
+
+  run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=4)
+  return lambda prompt, prefix_pass: run(parts, *prompt, prefix_pass)
+
+
+LENGTHS = [2, 6, 4]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_prefix_pass_is_exact(passes, side):
+  """Values, and gradients of queries and DiT, as if the prompt were differentiated too; none reaches the prompt."""
+  prompt = tiny.prompts(LENGTHS, pad_to=7, side=side)
+  (value, states), grads = passes(prompt, True)
+  (value_whole, states_whole), grads_whole = passes(prompt, False)
+  assert relative_error(value, value_whole) < 1e-5 and relative_error(states, states_whole) < 1e-5
+  for name in ("queries", "dit"):
+    errors = jax.tree.map(relative_error, grads[name], grads_whole[name])
+    assert max(jax.tree.leaves(errors)) < 1e-5, (name, errors)
+  embedding = lambda g: np.abs(g["backbone"]["text"]["embedding"]).max()
+  assert embedding(grads_whole) > 0 and embedding(grads) == 0
+
+
+def test_query_states_are_those_of_the_plain_sequence(passes):
+  """[prompt; queries] without padding, positions 0, 1, 2, ...: whichever side a batch is padded on (spec 4.2, 4.3)."""
+  params = tiny.params()
+  model = Qwen25VL(tiny.config().backbone)
+  queries = params["queries"]["latent_queries"]
+
+  @jax.jit
+  def plain(params, tokens):
+    run = lambda *args, method: model.apply({"params": params}, *args, method=method)
+    x = jnp.concatenate([run(tokens[None], method="embed"), queries[None]], axis=1)
+    positions = jnp.arange(x.shape[1])[None]
+    return run(x, positions, jnp.ones_like(positions, bool), method="decode").hidden[0, -len(queries) :]
+
+  (_, right), _ = passes(tiny.prompts(LENGTHS, pad_to=7), True)
+  (_, left), _ = passes(tiny.prompts(LENGTHS, pad_to=7, side="left"), True)
+  tokens, _, _ = tiny.prompts(LENGTHS, pad_to=7)
+  want = plain(params["backbone"], tokens[1, :6])
+  assert relative_error(right[1], want) < 1e-5 and relative_error(left, right) < 1e-5
+
+
+# ---- wiring
+
+
+def test_clip_features_normalise_and_pool_by_rows():
+  model, params = tiny.model(), tiny.params()
+  pixels = tiny.pixels(2)
+  x = (pixels / 255 - np.asarray(CLIP_MEAN)) / np.asarray(CLIP_STD)
+  tower = EvaClip(model.cfg.clip)
+  run = jax.jit(lambda p, x: tower.apply({"params": p}, x))
+  tokens = np.asarray(run(params["clip"], jnp.asarray(np.concatenate([x, 0 * x[:1]]), jnp.float32)))
+  grid = tokens.reshape(3, 4, 4, -1)
+  want = np.stack([grid[:, i : i + 2, j : j + 2].mean(axis=(1, 2)) for i in (0, 2) for j in (0, 2)], axis=1)
+  clip = {"clip": params["clip"]}
+  assert relative_error(call("clip_features")(clip, pixels), want[:2]) < 1e-5
+  # All zeros after normalisation, which is no black picture (spec 6.5).
+  assert relative_error(call("null_clip_features")(clip), want[2:]) < 1e-5
+
+
+def test_unet_gets_the_mean_token_and_the_size_of_the_picture():
+  """Spec 6.2; the sizes are [h, w, 0, 0, h, w], and the pooled vector belongs to its own row."""
+  model, params = tiny.model(), tiny.params()
+  rng = np.random.default_rng(0)
+  latents, context = rng.normal(size=(2, 4, 4, 4)).astype("f"), rng.normal(size=(2, 4, 16)).astype("f")
+  t = jnp.asarray([981.0, 1.0])
+  unet = UNet(model.cfg.unet)
+  run = jax.jit(lambda p, *args: unet.apply({"params": p}, *args))
+  want = run(params["unet"], latents, t, context, context.mean(axis=1), np.tile([16.0, 16, 0, 0, 16, 16], (2, 1)))
+  assert relative_error(call("unet_predict")({"unet": params["unet"]}, latents, t, context), want) < 1e-5
+
+
+def test_understanding_reads_pictures_and_causally():
+  """Logits of a token follow from its picture and from what stands before it."""
+  params, run = {"backbone": tiny.params()["backbone"]}, call("understand")
+  tokens, mask, positions = tiny.prompts([6], pad_to=6)
+  tokens[0, 1] = 635
+  rng = np.random.default_rng(0)
+  batch = {
+    "tokens": tokens,
+    "token_mask": mask,
+    "positions": positions,
+    "patches": rng.normal(size=(1, 4, 384)).astype("f"),
+    "patch_pos": np.array([[[0, 0], [0, 1], [1, 0], [1, 1]]]),
+    "patch_image": np.zeros((1, 4), int),
+    "patch_window": np.zeros((1, 4), int),
+  }
+  logits = np.asarray(run(params, batch))
+  assert logits.shape == (1, 6, 640) and logits.dtype == np.float32
+  seen = np.asarray(run(params, batch | {"patches": batch["patches"] + 1}))
+  changed = np.abs(seen - logits).max(axis=-1)[0] > 1e-4
+  assert changed.tolist() == [False, True, True, True, True, True]
+  later = tokens.copy()
+  later[0, 4] += 1
+  changed = np.abs(np.asarray(run(params, batch | {"tokens": later})) - logits).max(axis=-1)[0] > 1e-4
+  assert changed.tolist() == [False, False, False, False, True, True]
+
+
+# ---- fresh parameters
+
+
+def test_each_component_is_made_alone():
+  """Asked for by name, exactly its parameters; every leaf carries logical axis names."""
+  for name in COMPONENTS:
+    boxed = jax.eval_shape(lambda name=name: Blip3o(tiny.config()).init_components(jax.random.key(0), (name,)))
+    assert set(boxed) == {name}
+    leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    bare = [x for x in leaves if not isinstance(x, nn.Partitioned) and x.shape]
+    assert leaves and not bare, name
+  shapes = model_dir.abstract_params(tiny.config(), ("dit", "queries"))
+  assert shapes["queries"]["latent_queries"].shape == (4, 32)
+
+
+def test_a_fresh_component_does_not_depend_on_which_others_are_asked_for():
+  init = lambda seed, *names: nn.unbox(tiny.model().init_components(jax.random.key(seed), names))
+  alone, beside, other = init(0, "text_tower"), init(0, "queries", "text_tower"), init(1, "queries")
+  jax.tree.map(np.testing.assert_array_equal, alone["text_tower"], beside["text_tower"])
+  assert (beside["queries"]["latent_queries"] != other["queries"]["latent_queries"]).all()
+
+
+def test_queries_start_as_unit_normal():
+  """Spec 2.7."""
+  boxed = tiny.model(queries=640).init_components(jax.random.key(0), ("queries",))
+  fresh = nn.unbox(boxed)["queries"]["latent_queries"]
+  assert fresh.shape == (640, 32)
+  assert abs(float(fresh.mean())) < 0.03 and abs(float(fresh.std()) - 1) < 0.03

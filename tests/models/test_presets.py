@@ -1,0 +1,82 @@
+"""The published sizes, and how an experiment changes them."""
+
+import jax
+import pytest
+
+from blip3o_jax.errors import UserError
+from blip3o_jax.models import presets
+from blip3o_jax.porting import model_dir
+
+# Spec 2.1, 2.7, 10.3 to 10.5.
+SHARED = {"clip": 4_350_208_256, "unet": 2_525_520_644, "vae": 83_653_863}
+COUNTS = {
+  "blip3o-8b": {"backbone": 8_289_328_128, "queries": 229_376, "dit": 1_365_010_336, **SHARED},
+  "blip3o-4b": {"backbone": 3_754_074_112, "queries": 131_072, "dit": 1_362_257_824},
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts(name):
+  shapes = model_dir.abstract_params(presets.get(name), tuple(COUNTS[name]))
+  assert {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in shapes.items()} == COUNTS[name]
+
+
+def test_the_4b_model_differs_in_its_backbone_alone():
+  big, small = presets.get("blip3o-8b"), presets.get("blip3o-4b")
+  assert (big.clip, big.unet, big.vae, big.queries) == (small.clip, small.unet, small.vae, small.queries)
+  assert (big.image_size, big.queries, big.text_tower) == (1024, 64, None)
+
+
+@pytest.mark.parametrize("size", ["8b", "4b"])
+def test_the_papers_form(size):
+  """Grouped queries and three rotary axes (spec 2.6, 14); all else as released."""
+  released, paper = presets.get(f"blip3o-{size}"), presets.get(f"blip3o-{size}-paper")
+  assert (released.dit.kv_heads, released.dit.rope) == (28, "interleaved")
+  assert (paper.dit.kv_heads, paper.dit.rope, paper.dit.rope_split) == (7, "concatenated", (16, 24, 24))
+  same = {"kv_heads": 28, "rope": "interleaved", "rope_split": None}
+  assert presets.get(f"blip3o-{size}-paper", {"dit": same}) == released
+
+
+def test_the_parts_of_every_preset_fit_each_other():
+  for name in presets.PRESETS:
+    cfg = presets.get(name)
+    side = cfg.clip.side // cfg.clip.pool_stride
+    assert cfg.dit.grid == (side, side) and cfg.dit.in_channels == cfg.clip.width == cfg.unet.context_dim, name
+    assert cfg.dit.condition_dim == cfg.backbone.text.dim == cfg.backbone.vision.out_dim, name
+    assert cfg.unet.in_channels == cfg.vae.latent_channels and cfg.image_size % cfg.vae.downsampling == 0, name
+    assert cfg.backbone.image_token < cfg.backbone.text.vocab, name
+    if cfg.text_tower:
+      assert cfg.text_tower.text.vocab == cfg.backbone.text.vocab
+      assert cfg.text_tower.patch_dim == 3 * (cfg.clip.patch_size * cfg.clip.pool_stride) ** 2
+
+
+def test_overrides_go_as_deep_as_named_and_no_further():
+  plain = presets.get("micro")
+  cfg = presets.get("micro", {"dit": {"layers": 3}, "backbone": {"text": {"dim": 64}}, "queries": 9})
+  assert (cfg.dit.layers, cfg.backbone.text.dim, cfg.queries) == (3, 64, 9)
+  assert (cfg.dit.dim, cfg.backbone.text.layers, cfg.vae) == (plain.dit.dim, plain.backbone.text.layers, plain.vae)
+  assert presets.get("micro") == plain
+  assert presets.get("micro", {"text_tower": None}).text_tower is None
+
+
+def test_lists_become_tuples():
+  cfg = presets.get("micro", {"vae": {"block_out_channels": [8, 16]}, "dit": {"grid": [4, 4]}})
+  assert cfg.vae.block_out_channels == (8, 16) and cfg.dit.grid == (4, 4)
+  hash(cfg)
+
+
+@pytest.mark.parametrize(
+  ("name", "overrides", "words"),
+  [
+    ("blip3o-9b", {}, "'blip3o-9b' is unknown; choose one of blip3o-8b"),
+    ("micro", {"layers": 2}, "model.layers is not a field of Blip3oConfig"),
+    ("micro", {"backbone": {"text": {"layer": 2}}}, "model.backbone.text.layer is not a field of TextDecoderConfig"),
+    ("micro", {"dit": 3}, "model.dit is 3; give a group of fields of NextDiTConfig"),
+    ("micro", {"queries": {"count": 3}}, "model.queries is 16, which has no fields count"),
+    ("blip3o-8b", {"text_tower": {"dim": 3}}, "model.text_tower is None, which has no fields dim"),
+  ],
+)
+def test_what_is_unknown_is_told(name, overrides, words):
+  with pytest.raises(UserError, match=words) as error:
+    presets.get(name, overrides)
+  assert "\n" not in str(error.value)

@@ -1,0 +1,106 @@
+"""The whole model with every number small, and weights drawn on the host: nothing is compiled to make it."""
+
+import functools
+
+import jax
+import numpy as np
+
+from blip3o_jax.models import presets
+from blip3o_jax.models.blip3o import COMPONENTS, Blip3o, Blip3oConfig
+from blip3o_jax.porting import model_dir
+
+# Of the preset "micro". Pictures 16 x 16, encoder tokens 4 x 4 pooled to 2 x 2, latents 4 x 4.
+OVERRIDES = {
+  "backbone": {
+    "text": {
+      "dim": 32,
+      "layers": 1,
+      "heads": 2,
+      "kv_heads": 1,
+      "head_size": 16,
+      "mlp_dim": 32,
+      "rope_sections": [2, 3, 3],
+    },
+    "vision": {"dim": 32, "layers": 2, "heads": 2, "mlp_dim": 32, "full_layers": [1], "out_dim": 32},
+  },
+  "dit": {
+    "in_channels": 16,
+    "grid": [2, 2],
+    "dim": 32,
+    "layers": 1,
+    "heads": 2,
+    "kv_heads": 1,
+    "ffn_dim": 32,
+    "condition_dim": 32,
+    "rope_split": [4, 6, 6],
+  },
+  "clip": {
+    "image_size": 16,
+    "patch_size": 4,
+    "width": 16,
+    "layers": 1,
+    "heads": 2,
+    "mlp_dim": 16,
+    "pool_stride": 2,
+    "norm_init": 1.0,
+  },
+  "unet": {
+    "block_out_channels": [16],
+    "depths": [1],
+    "mid_depth": 1,
+    "heads": [2],
+    "context_dim": 16,
+    "time_id_size": 4,
+    "norm_groups": 4,
+  },
+  "vae": {"block_out_channels": [8], "norm_groups": 4},
+  "text_tower": {
+    "text": {"dim": 16, "layers": 1, "heads": 2, "kv_heads": 2, "head_size": 8, "mlp_dim": 16},
+    "dim": 8,
+    "patch_dim": 192,
+  },
+  "queries": 4,
+  "image_size": 16,
+}
+
+
+def config(**changes) -> Blip3oConfig:
+  """`changes` are overrides of whole fields."""
+  return presets.get("micro", OVERRIDES | changes)
+
+
+def model(**changes) -> Blip3o:
+  return Blip3o(config(**changes))
+
+
+@functools.cache
+def params(seed: int = 0):
+  """{component: tree} of all components: kernels of variance 1 / fan-in, nothing at its usual zero or one."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path, x):
+    noise = rng.standard_normal(x.shape).astype(np.float32)
+    name = path[-1].key
+    if name == "kernel":
+      return noise / np.sqrt(np.float32(np.prod(x.shape[-2:-1])))
+    return 1 + 0.1 * noise if name == "scale" else 0.5 * noise
+
+  return jax.tree_util.tree_map_with_path(draw, model_dir.abstract_params(config(), COMPONENTS))
+
+
+def pixels(batch: int, seed: int = 0) -> np.ndarray:
+  """uint8 [B, 16, 16, 3]."""
+  return np.random.default_rng(seed).integers(0, 256, (batch, 16, 16, 3), dtype=np.uint8)
+
+
+def prompts(lengths, *, pad_to: int, side: str = "right", seed: int = 0):
+  """tokens, mask [B, L], positions [B, 3, L] of random prompts; each row counts its own tokens."""
+  rng = np.random.default_rng(seed)
+  mask = np.arange(pad_to) < np.asarray(lengths)[:, None]
+  rows = rng.integers(0, 600, (len(lengths), pad_to))
+  tokens = np.where(mask, rows, 630)
+  if side == "left":
+    turn = lambda x: np.stack([np.roll(row, pad_to - n) for row, n in zip(x, lengths, strict=True)])
+    tokens, mask = turn(tokens), turn(mask)
+  positions = np.maximum(np.cumsum(mask, axis=-1) - 1, 0)
+  return tokens.astype(np.int32), mask, np.repeat(positions[:, None], 3, axis=1).astype(np.int32)
