@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "blip3o_jax" / "__init__.py").read_text(), re.MULTILINE).group(1)
 README = ROOT / "README.md"
 
-# What the package imports (a test compares), and tensorflow-datasets for its coming data source. Ranges, not pins: the floor is the oldest version that has the
-# public API used here (jax.set_mesh, AxisType.Auto).
+# What the package imports (a test compares), and tensorflow-datasets for its coming data source. Ranges, not pins: the
+# floor is the oldest version that has the public API used here (jax.set_mesh, AxisType.Auto).
 BASE = [
   "jax>=0.8",
   "flax>=0.12.2",

@@ -122,6 +122,12 @@ def make_parser() -> argparse.ArgumentParser:
   reconstruct.add_argument("--image", required=True, type=Path, metavar="FILE")
   reconstruct.add_argument("--out", required=True, type=Path, metavar="DIR")
 
+  convert = command("convert", _convert, "write a model directory again, in another format or dtype")
+  convert.add_argument("--from", dest="source", required=True, metavar="DIR", help="a model directory, or micro")
+  convert.add_argument("--to", required=True, type=Path, metavar="DIR")
+  convert.add_argument("--format", choices=("orbax", "safetensors"), default="safetensors")
+  convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as it is)")
+
   verify = command("verify", _verify, "replay recorded reference activations; exit status 1 on any miss")
   verify.add_argument("fixtures", nargs="+", type=Path, metavar="FIXTURE_DIR")
   verify.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -229,6 +235,12 @@ def _reconstruct(args):
   path = args.out / f"{args.image.stem}.png"
   write_atomically(path, encode_png(load(args.model).reconstruct(args.image)[0]))
   print(path)
+
+
+def _convert(args):
+  from blip3o_jax.porting import model_dir
+
+  print(model_dir.convert_dir(args.source, args.to, format=args.format, dtype=args.dtype))
 
 
 def _verify(args):

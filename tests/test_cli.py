@@ -188,6 +188,14 @@ def test_quickstart_and_verify_pass_on_what_they_are_given(replace, tmp_path):
   assert called == [(tmp_path, True), ([tmp_path], True)]
 
 
+def test_convert_passes_on_format_and_dtype(replace, tmp_path, capsys):
+  called = []
+  replace("blip3o_jax.porting.model_dir", convert_dir=lambda *a, **k: called.append((a, k)) or a[1])
+  assert run("convert", "--from", "micro", "--to", tmp_path / "new", "--dtype", "float16") == 0
+  assert called == [(("micro", tmp_path / "new"), {"format": "safetensors", "dtype": "float16"})]
+  assert capsys.readouterr().out == f"{tmp_path / 'new'}\n"
+
+
 def test_data_in_one_process_each(tmp_path):
   """The real command, as a user runs it: make a corpus, look at it, and the reader of a pipe that goes away."""
   blip3o = [sys.executable, "-m", "blip3o_jax"]

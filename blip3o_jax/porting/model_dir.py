@@ -315,7 +315,7 @@ def convert_dir(
     overrides=manifest.overrides,
     params=params,
     format=format,
-    dtype=dtype,
+    dtype=None if dtype is None else jnp.dtype(dtype),
     carry_from=source,
   )
 

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -60,7 +61,7 @@ class Program:
 def train(config: ConfigDict, workdir: str | Path) -> TrainResult:
   """Train one stage to its end, or go on with it: the same command does both.
 
-  Leaves in `workdir`: config.json, metrics.jsonl, checkpoints/, and at the end model/ (a model directory).
+  Leaves in `workdir`: config.json, parameters.txt, metrics.jsonl, checkpoints/, and at the end model/.
 
   Args:
     config: fields of `training.defaults.default_config()`.
@@ -88,6 +89,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainResult:
   say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
   say(f"parameters:\n{state.overview(program.state.trained, program.frozen)}")
   claim(workdir, config, write=main_process)
+  if main_process:  # every single one, for who wants to look
+    table = parameter_overview.get_parameter_overview(program.params, include_stats=False, max_lines=None)
+    (workdir / "parameters.txt").write_text(table + "\n")
 
   with (
     jax.set_mesh(mesh),
