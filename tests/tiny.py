@@ -88,6 +88,12 @@ def params(seed: int = 0):
   return jax.tree_util.tree_map_with_path(draw, model_dir.abstract_params(config(), COMPONENTS))
 
 
+def quick_jit(f, **kwargs):
+  """jax.jit for what runs once: the compiler does not optimise, which is most of its time."""
+  options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+  return jax.jit(f, compiler_options=options, **kwargs)
+
+
 def pixels(batch: int, seed: int = 0) -> np.ndarray:
   """uint8 [B, 16, 16, 3]."""
   return np.random.default_rng(seed).integers(0, 256, (batch, 16, 16, 3), dtype=np.uint8)

@@ -103,7 +103,7 @@ def euler_tables(cfg: EulerDiscreteConfig, steps: int) -> EulerTables:
     UserError: steps below 1, or so many that the offset leads past the last training step.
   """
   stride = cfg.train_steps // max(steps, 1)
-  if steps < 1 or stride * (steps - 1) + cfg.steps_offset >= cfg.train_steps:
+  if steps < 1 or stride < 1 or stride * (steps - 1) + cfg.steps_offset >= cfg.train_steps:
     raise UserError(f"Euler sampler: {steps} steps do not fit {cfg.train_steps} training steps; choose fewer")
   timesteps = np.arange(steps)[::-1] * stride + cfg.steps_offset
   table = _alphas_cumprod(cfg)[timesteps]

@@ -11,7 +11,10 @@ spread over the keyword arguments of the function that does the work. An objecti
 """
 
 import importlib
+import inspect
 import types
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from blip3o_jax.errors import UserError
 
@@ -23,3 +26,22 @@ def get(name: str) -> types.ModuleType:
   if name not in NAMES:
     raise UserError(f"objective {name!r} is unknown; choose one of {', '.join(NAMES)}")
   return importlib.import_module(f"blip3o_jax.objectives.{name}")
+
+
+def check(name: str, args: Mapping[str, Any], trained: Collection[str]) -> None:
+  """Refuse settings before anything runs: unknown `objective_args`, or what the objective's own `check` refuses.
+
+  Args:
+    trained: components of which some parameter trains.
+
+  Raises:
+    UserError: see above.
+  """
+  module = get(name)
+  work = getattr(module, "_loss", None)
+  given = ("params", "batch", "rng", "model")
+  known = [p for p in inspect.signature(work).parameters if p not in given] if work else []
+  if unknown := sorted(set(args) - set(known)):
+    raise UserError(f"objective_args.{unknown[0]}: {name} has no such setting; it has {', '.join(known) or 'none'}")
+  if own := getattr(module, "check", None):
+    own(args, trained)

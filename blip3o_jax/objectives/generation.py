@@ -10,8 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.diffusion import flow_matching
+from blip3o_jax.errors import UserError
 
 COMPONENTS = ("backbone", "queries", "dit", "clip")
+
+
+def check(args, trained) -> None:
+  """The prefix pass stops gradients at the prompt, so it would train a backbone wrongly without a word."""
+  if "backbone" in trained and args.get("prefix_pass", True):
+    raise UserError("trainable names backbone/, whose prompt gets no gradient: set objective_args.prefix_pass to False")
 
 
 def loss(params, batch, rng, *, model, cfg):

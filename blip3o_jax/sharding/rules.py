@@ -61,6 +61,8 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
   def one(leaf):
     if not isinstance(leaf, nn.LogicallyPartitioned):
       return NamedSharding(mesh, PartitionSpec())
+    if not jax.tree.leaves(leaf.value):  # optax masks a leaf that is another optimizer's business
+      return leaf.value
     return NamedSharding(mesh, spec(mesh, leaf.names, leaf.value.shape))
 
   return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))

@@ -1,4 +1,4 @@
-"""AdamW and the learning-rate schedules of the paper, from config (spec 11.1)."""
+"""AdamW (Muon as an option) and the learning-rate schedules of the paper, from config (spec 11.1)."""
 
 import math
 import re
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from blip3o_jax.errors import UserError
 
@@ -54,12 +55,35 @@ def make_optimizer(cfg: Mapping[str, Any]) -> optax.GradientTransformation:
   Raises:
     UserError: unknown optimizer.
   """
-  if cfg["name"] != "adamw":
-    raise UserError(f"optimizer.name {cfg['name']!r} is unknown; choose adamw")
+  if cfg["name"] not in ("adamw", "muon"):
+    raise UserError(f"optimizer.name {cfg['name']!r} is unknown; choose adamw or muon")
+  if cfg["name"] == "muon":
+    # The rate -1 undoes optax's own sign; updates have AdamW's size (0.2), so a rate suits both (Liu et al. 2025, 2.2).
+    return optax.contrib.muon(
+      -1.0,
+      consistent_rms=0.2,
+      weight_decay=float(cfg["weight_decay"]),
+      weight_decay_mask=decay_mask,
+      adam_b1=float(cfg["b1"]),
+      adam_b2=float(cfg["b2"]),
+      muon_weight_dimension_numbers=matrix_axes,
+    )
   adam = optax.scale_by_adam(b1=float(cfg["b1"]), b2=float(cfg["b2"]), eps=float(cfg["eps"]))
   if not cfg["weight_decay"]:
     return adam
   return optax.chain(adam, optax.add_decayed_weights(float(cfg["weight_decay"]), mask=decay_mask))
+
+
+def matrix_axes(params: Any) -> Any:
+  """For Muon, the axes of a leaf that are (in, out) of a matrix; None, which is Adam, for all but dense kernels."""
+
+  def axes(path, x):
+    names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]  # without the box of a sharded leaf
+    if names[-1] != "kernel" or x.ndim != 2 + ("layers" in names):
+      return None
+    return optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
+
+  return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def decay_mask(params: Any) -> Any:

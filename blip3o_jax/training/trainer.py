@@ -184,6 +184,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
   # Boxed leaves carry the logical axis names through the split, the casts and the optimizer's own trees.
   boxed = jax.eval_shape(lambda: model.init_components(jax.random.key(0), components))
   trained, frozen = state.split(boxed, config.trainable)
+  objectives.check(config.objective, config.objective_args.to_dict(), trained)
   frozen = jax.eval_shape(lambda x: state.cast(x, dtype), frozen)
   fresh = jax.eval_shape(lambda x: state.create(x, optimizer, ema=bool(config.ema_decay)), trained)
   frozen, fresh = _placed(mesh, frozen), _placed(mesh, fresh)

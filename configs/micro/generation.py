@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     {
       "seed": 0,
-      "steps": 8000,
+      "steps": 900,
       "batch_size": 64,
       "objective": "generation",
       "objective_args": {"drop": 0.1, "times": "continuous"},
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
         "form": "inference",
         "wording": "release",
       },
-      "optimizer": {"learning_rate": 1.5e-3, "b2": 0.99},
+      "optimizer": {"name": "muon", "learning_rate": 5e-3, "b2": 0.99},
       "schedule": {"name": "cosine_min", "min_ratio": 0.1, "warmup_steps": 200},
       "ema_decay": 0.998,
       "compute_dtype": "float32",

@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
   config = pretraining()
-  config.steps = 1000
+  config.steps = 150
   config.init_from = "runs/micro/generation/model"
   config.data.path = "runs/shapes/instruct"
-  config.optimizer.learning_rate = 3e-4
-  config.schedule = ConfigDict({"name": "cosine", "warmup_steps": 50})
+  config.optimizer.learning_rate = 1e-3
+  config.schedule = ConfigDict({"name": "cosine", "warmup_steps": 20})
   return config

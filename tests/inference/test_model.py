@@ -12,11 +12,11 @@ from blip3o_jax.data import shapes_corpus, templates
 from blip3o_jax.data.tokenizer import train_tokenizer
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference import image as drawing
-from blip3o_jax.inference.model import Model
+from blip3o_jax.inference.model import Model, _batches
 from blip3o_jax.porting import model_dir
 
 QUICK = {"steps": 2, "decoder_steps": 2}
-PROMPTS = ["a red circle", "a green square on a gray background and two yellow triangles above a purple cross"]
+PROMPTS = ["a red circle", "two circles"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,10 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(directory):
-  return blip3o_jax.load(directory)
+  """Draws two pictures at a time, so that one program serves all tests."""
+  loaded = blip3o_jax.load(directory)
+  loaded.batch_size = 2
+  return loaded
 
 
 @pytest.fixture(scope="module")
@@ -69,77 +72,80 @@ def test_generate(model):
   pictures = model.generate(PROMPTS, num=2, seed=3)
   assert [len(row) for row in pictures] == [2, 2]
   assert all(p.shape == (16, 16, 3) and p.dtype == np.uint8 for row in pictures for p in row)
-  ((alone, _),) = model.generate(PROMPTS[1], num=2, seed=3)
-  assert near(alone, pictures[1][0])
+  parts = model.generate([*reversed(PROMPTS), PROMPTS[1]], seed=3)  # other neighbours, and a part filled up
+  assert [len(row) for row in parts] == [1, 1, 1]
+  assert near(parts[1][0], pictures[0][0]) and near(parts[0][0], pictures[1][0]) and near(parts[2][0], parts[0][0])
   np.testing.assert_array_equal(model.generate(PROMPTS, num=2, seed=3), pictures)
-  for other in (pictures[0][1], pictures[1][0], model.generate(PROMPTS, num=2, seed=4)[0][0]):
+  for other in (pictures[0][1], pictures[1][0], model.generate(PROMPTS, seed=4)[0][0]):
     assert not near(other, pictures[0][0])
-  model.batch_size = 2  # the same work in parts; the last one filled up
-  try:
-    parts = model.generate([*PROMPTS, PROMPTS[0]], num=1, seed=3)
-  finally:
-    model.batch_size = 32
-  assert near(parts[0][0], pictures[0][0]) and near(parts[1][0], pictures[1][0]) and near(parts[2][0], parts[0][0])
-  assert [len(row) for row in parts] == [1, 1, 1] and model.generate([]) == []
+  assert model.generate([]) == []
+
+
+def test_batches():
+  """Equal sizes, filled up with the first item, so that one program serves; powers of two below the full size."""
+  assert list(_batches([1, 2, 3, 4, 5], 2)) == [([1, 2], 2), ([3, 4], 2), ([5, 5], 1)]
+  assert list(_batches([1, 2, 3, 4, 5], 32)) == [([1, 2, 3, 4, 5, 1, 1, 1], 5)]
+  assert list(_batches([1, 2, 3], 3)) == [([1, 2, 3], 3)]
+  assert list(_batches([1], 32)) == [([1], 1)] and list(_batches([], 32)) == []
 
 
 def test_the_null_of_the_decoder(model, monkeypatch):
   """A picture drawn for one space without a template (spec 6.5), the features of a blank picture, or zeros."""
-  seen = []
-  decode = Model._decode
-
-  def spy(self, features, null, keys, sampling):
-    seen.append((np.asarray(features), np.asarray(null)))
-    return decode(self, features, null, keys, sampling)
-
-  monkeypatch.setattr(Model, "_decode", spy)
+  seen, pictures = [], np.zeros((2, 16, 16, 3), np.uint8)
+  monkeypatch.setattr(Model, "_decode", lambda self, *args: seen.append([np.asarray(x) for x in args[:2]]) or pictures)
   for kind in drawing.DECODER_NULLS:
-    model.generate(PROMPTS[:1], seed=3, decoder_null=kind)
+    model.generate(PROMPTS[0], num=2, seed=3, decoder_null=kind)
   (features, generated), (_, blank), (_, zeros) = seen
-  tokens = [*model.tokenizer.encode(" "), model.tokenizer.image_start]
-  assert len(tokens) == 2
-  keys = drawing.picture_keys(3, np.zeros(1))
-  positions = np.broadcast_to(np.arange(2), (1, 3, 2)).astype(np.int32)
-  prompt = np.asarray([tokens], np.int32), np.ones((1, 2), bool), positions
-  want = drawing.draw_features(
-    model.model, model.params, *prompt, keys, steps=2, guidance=3.0, exact_times=False, draw=1
+  blanks = [*model.tokenizer.encode(" "), model.tokenizer.image_start]
+  assert len(blanks) == 2
+  draw = lambda tokens, number: drawing.draw_features(
+    model.model,
+    model.params,
+    *model._prompt_arrays([tokens] * 2),
+    drawing.picture_keys(3, np.arange(2)),
+    **{"steps": 2, "guidance": 3.0, "exact_times": False, "draw": number},
   )
-  assert relative_error(generated, want) < 1e-4
-  np.testing.assert_array_equal(blank, drawing.null_image_features(model.model, model.params))
+  assert relative_error(features, draw(templates.generation_prompt(model.tokenizer, PROMPTS[0]), 0)) < 1e-5
+  assert relative_error(generated, draw(blanks, 1)) < 1e-5
+  want = drawing.null_image_features(model.model, model.params)
+  np.testing.assert_array_equal(blank, np.broadcast_to(want, features.shape))
   assert not zeros.any() and zeros.shape == features.shape
-  # And the prompt itself is the release's, with the plain count of positions.
-  tokens = templates.generation_prompt(model.tokenizer, PROMPTS[0])
-  arrays = model._prompt_arrays([tokens, tokens[:5]])
-  assert arrays[0].shape == (2, 32) and arrays[1].sum(axis=-1).tolist() == [len(tokens), 5]
-  assert arrays[0][0, : len(tokens)].tolist() == tokens and (arrays[2] == np.arange(32)).all()
+
+
+def test_prompts_are_padded_on_the_right_with_plain_positions(model):
+  tokens, mask, positions = model._prompt_arrays([[5] * 20, [7, 8, 9]])
+  assert tokens.shape == mask.shape == (2, 32) and positions.shape == (2, 3, 32)
+  assert mask.sum(axis=-1).tolist() == [20, 3] and tokens[1, :4].tolist() == [7, 8, 9, model.tokenizer.pad]
+  assert (positions == np.arange(32)).all()
 
 
 def test_reconstruct_and_features(model, picture, tmp_path):
-  """From an image, an array or a file; squashed to the square of the encoder; each alone like in a batch."""
+  """From an image, an array or a file; squashed to the square of the encoder; each alike beside any other."""
   picture.save(tmp_path / "a.png")
   square = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC))
-  features = model.features([picture, np.asarray(picture), str(tmp_path / "a.png")])
-  assert features.shape == (3, 4, 16) and features.dtype == np.float32
-  want = np.asarray(drawing.encode_features(model.model, model.params, square[None]))
-  for row in features:
-    assert relative_error(row, want[0]) < 1e-5
-  (alone,) = model.reconstruct(picture, seed=2)
-  beside = model.reconstruct([Image.new("RGB", (8, 8)), tmp_path / "a.png"], seed=2)
-  null = drawing.null_image_features(model.model, model.params)
-  direct = drawing.draw_pixels(
-    model.model, model.params, want, null, drawing.picture_keys(2, np.zeros(1)), steps=2, guidance=3.0
-  )
-  assert len(beside) == 2 and near(alone, direct[0]) and near(alone, beside[1]) and not near(alone, beside[0])
+  want = np.asarray(drawing.encode_features(model.model, model.params, np.stack([square, square])))
+  for pair in ([picture, np.asarray(picture)], (str(tmp_path / "a.png"), tmp_path / "a.png")):
+    features = model.features(pair)
+    assert features.shape == (2, 4, 16) and features.dtype == np.float32
+    assert relative_error(features, want) < 1e-5
+  gray = Image.new("RGB", (8, 8), (90, 90, 90))
+  first, second = model.reconstruct([picture, gray], seed=2), model.reconstruct([gray, tmp_path / "a.png"], seed=2)
+  null = np.broadcast_to(drawing.null_image_features(model.model, model.params), want.shape)
+  keys = drawing.picture_keys(2, np.zeros(2))
+  direct = drawing.draw_pixels(model.model, model.params, want, null, keys, steps=2, guidance=3.0)
+  assert len(first) == len(second) == 2 and near(first[0], direct[0])
+  assert near(first[0], second[1]) and near(first[1], second[0]) and not near(first[0], first[1])
+  assert not near(model.reconstruct([picture, gray], seed=3)[0], first[0])
 
 
 def test_answers(model, picture):
   """A batch with and without pictures answers each as alone; the picture is read."""
-  dark, question = Image.new("RGB", (64, 32), (200, 30, 20)), "what colour is the circle?"
-  words = model.answer([picture, None, dark], [question, "is red a colour?", question], max_new_tokens=4)
+  red, question = Image.new("RGB", picture.size, (200, 30, 20)), "what colour is the circle?"
+  words = model.answer([picture, None, red], [question, "is red a colour?", question], max_new_tokens=4)
   assert len(words) == 3 and all(isinstance(w, str) for w in words)
   assert words[0] == model.chat(question, images=picture, max_new_tokens=4)
   assert words[1] == model.chat("is red a colour?", max_new_tokens=4)
-  assert words[2] == model.chat(f"<image>\n{question}", images=[dark], max_new_tokens=4)
+  assert words[2] == model.chat(f"<image>\n{question}", images=[red], max_new_tokens=4)
   assert words[0] != words[2]
   assert model.answer([], []) == []
 

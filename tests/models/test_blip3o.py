@@ -37,11 +37,19 @@ def passes():
     velocity = run(noise, jnp.asarray([900.0, 500.0, 10.0]), states, method="velocity")
     return jnp.mean(jnp.square(velocity)), states
 
-  run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=4)
+  run = tiny.quick_jit(jax.value_and_grad(loss, has_aux=True), static_argnums=4)
   return lambda prompt, prefix_pass: run(parts, *prompt, prefix_pass)
 
 
 LENGTHS = [2, 6, 4]
+
+
+def worst(ours, reference):
+  """The largest relative error of a leaf. Leaves without any gradient but rounding (a bias on the keys of the cross
+  attention moves nothing) are measured by the largest leaf."""
+  largest = max(np.abs(g).max() for g in jax.tree.leaves(reference))
+  error = lambda a, b: np.abs(a - b).max() / max(np.abs(b).max(), 1e-3 * largest)
+  return max(jax.tree.leaves(jax.tree.map(error, ours, reference)))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -52,8 +60,7 @@ def test_prefix_pass_is_exact(passes, side):
   (value_whole, states_whole), grads_whole = passes(prompt, False)
   assert relative_error(value, value_whole) < 1e-5 and relative_error(states, states_whole) < 1e-5
   for name in ("queries", "dit"):
-    errors = jax.tree.map(relative_error, grads[name], grads_whole[name])
-    assert max(jax.tree.leaves(errors)) < 1e-5, (name, errors)
+    assert worst(grads[name], grads_whole[name]) < 1e-5, name
   embedding = lambda g: np.abs(g["backbone"]["text"]["embedding"]).max()
   assert embedding(grads_whole) > 0 and embedding(grads) == 0
 
@@ -150,7 +157,9 @@ def test_each_component_is_made_alone():
 
 
 def test_a_fresh_component_does_not_depend_on_which_others_are_asked_for():
-  init = lambda seed, *names: nn.unbox(tiny.model().init_components(jax.random.key(seed), names))
+  init = lambda seed, *names: nn.unbox(
+    tiny.quick_jit(lambda key: tiny.model().init_components(key, names))(jax.random.key(seed))
+  )
   alone, beside, other = init(0, "text_tower"), init(0, "queries", "text_tower"), init(1, "queries")
   jax.tree.map(np.testing.assert_array_equal, alone["text_tower"], beside["text_tower"])
   assert (beside["queries"]["latent_queries"] != other["queries"]["latent_queries"]).all()

@@ -62,7 +62,7 @@ def test_the_whole_vae_learns():
   model, params = tiny.model(), tiny.params()["vae"]
   batch = {"pixels": tiny.pixels(2)}
   loss = lambda p: autoencoding.loss({"vae": p}, batch, jax.random.key(0), model=model, cfg={})[0]
-  value, grads = jax.jit(jax.value_and_grad(loss))(params)
+  value, grads = tiny.quick_jit(jax.value_and_grad(loss))(params)
   assert np.isfinite(value)
   still = [jax.tree_util.keystr(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if not g.any()]
   assert still == []

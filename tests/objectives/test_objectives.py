@@ -1,0 +1,29 @@
+"""What every objective shares: its name, its components, and the refusal of settings that mean nothing."""
+
+import pytest
+
+from blip3o_jax import objectives
+from blip3o_jax.errors import UserError
+from blip3o_jax.models.blip3o import COMPONENTS
+
+
+@pytest.mark.parametrize("name", objectives.NAMES)
+def test_every_objective_names_its_components(name):
+  module = objectives.get(name)
+  assert callable(module.loss) and set(module.COMPONENTS) <= set(COMPONENTS)
+  objectives.check(name, {}, ())
+
+
+def test_unknown_objective_and_setting():
+  with pytest.raises(UserError, match="'drawing' is unknown; choose one of autoencoding"):
+    objectives.get("drawing")
+  with pytest.raises(UserError, match="objective_args.dorp: generation has no such setting; it has drop"):
+    objectives.check("generation", {"dorp": 0.1}, ("dit",))
+  with pytest.raises(UserError, match="understanding has no such setting; it has none"):
+    objectives.check("understanding", {"drop": 0.1}, ("backbone",))
+
+
+def test_a_backbone_that_trains_needs_the_plain_pass():
+  with pytest.raises(UserError, match="prefix_pass to False"):
+    objectives.check("generation", {"drop": 0.1}, ("backbone", "dit"))
+  objectives.check("generation", {"prefix_pass": False}, ("backbone", "dit"))
