@@ -91,7 +91,7 @@ def export(config, program, params, directory, facts):
 def install(patch=setattr):
   """Put the toy in the place of objectives, presets, the model and the loader (`patch` = monkeypatch.setattr)."""
   objective = types.SimpleNamespace(COMPONENTS=("enc", "head"), loss=loss)
-  patch(trainer, "objectives", types.SimpleNamespace(get=lambda name: objective))
+  patch(trainer, "objectives", types.SimpleNamespace(get=lambda name: objective, check=lambda *_: None))
   patch(trainer, "presets", types.SimpleNamespace(get=lambda name, overrides: None))
   patch(trainer, "Blip3o", Toy)
   patch(trainer, "open_loader", open_loader)

@@ -2,6 +2,8 @@
 
 import math
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -55,3 +57,28 @@ def test_clipping():
   np.testing.assert_allclose(optimizers.clip_by_norm(grads, jnp.float32(5.0), 1.0)["a"], [0.6, 0.8], rtol=1e-6)
   np.testing.assert_allclose(optimizers.clip_by_norm(grads, jnp.float32(5.0), 10.0)["a"], [3.0, 4.0])
   np.testing.assert_allclose(optimizers.clip_by_norm(grads, jnp.float32(5.0), 0.0)["a"], [3.0, 4.0])
+
+
+def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adam():
+  """The same numbers for sharded trees, whose leaves are boxed, is what the trainer relies on."""
+  kinds = {"name": "muon", "b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.0}
+  optimizer = optimizers.make_optimizer(kinds)
+  rng = np.random.default_rng(0)
+  params = {
+    "layers": {"q": {"kernel": rng.normal(size=(3, 8, 16)), "bias": rng.normal(size=(3, 16))}},
+    "out": {"kernel": rng.normal(size=(8, 4))},
+  }
+  grads = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+  updates, _ = optimizer.update(grads, optimizer.init(grads), grads)
+  for matrix in (*updates["layers"]["q"]["kernel"], updates["out"]["kernel"]):
+    values = np.linalg.svd(np.asarray(matrix), compute_uv=False)
+    assert values.max() / values.min() < 2  # of a random matrix of these sizes it is above 4
+    assert np.sqrt(np.mean(np.square(matrix))) == pytest.approx(0.2, rel=0.2)
+  assert np.vdot(updates["out"]["kernel"], grads["out"]["kernel"]) > 0  # the trainer subtracts
+  assert np.allclose(np.abs(updates["layers"]["q"]["bias"]), np.abs(updates["layers"]["q"]["bias"]).flat[0], rtol=1e-3)
+
+  boxed = jax.tree.map(lambda x: nn.LogicallyPartitioned(x, (None,) * x.ndim), grads)
+  plain, inside = jax.eval_shape(optimizer.init, grads), nn.unbox(jax.eval_shape(optimizer.init, boxed))
+  assert len(jax.tree.leaves(plain)) == len(jax.tree.leaves(inside))
+  with pytest.raises(UserError, match="'sgd' is unknown"):
+    optimizers.make_optimizer(kinds | {"name": "sgd"})
