@@ -209,7 +209,7 @@ def _train(args):
 
 def _generate(args):
   from blip3o_jax.data.inputs import read_prompts
-  from blip3o_jax.evaluation.shapes import encode_png, write_atomically
+  from blip3o_jax.data.outputs import encode_png, write_atomically
   from blip3o_jax.inference.model import load
 
   prompts = args.prompt or read_prompts(args.prompts)
@@ -229,7 +229,7 @@ def _chat(args):
 
 
 def _reconstruct(args):
-  from blip3o_jax.evaluation.shapes import encode_png, write_atomically
+  from blip3o_jax.data.outputs import encode_png, write_atomically
   from blip3o_jax.inference.model import load
 
   path = args.out / f"{args.image.stem}.png"

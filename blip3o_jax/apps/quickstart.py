@@ -26,6 +26,7 @@ import blip3o_jax
 from blip3o_jax.apps import report
 from blip3o_jax.apps.plots import read_curve
 from blip3o_jax.data import shapes
+from blip3o_jax.data.outputs import write_atomically
 from blip3o_jax.data.shapes_corpus import make_shapes
 from blip3o_jax.errors import CheckFailed, UserError
 from blip3o_jax.evaluation import shapes as shapes_eval
@@ -100,7 +101,7 @@ class Steps:
         "peak_bytes": peak,
         "result": result,
       }
-      shapes_eval.write_atomically(self.path, (json.dumps(self.record, indent=2) + "\n").encode())
+      write_atomically(self.path, (json.dumps(self.record, indent=2) + "\n").encode())
     return result
 
   def times(self) -> list[tuple[str, str, float]]:
@@ -262,7 +263,7 @@ def _samples(source: Path, path: Path) -> None:
   decoded = model.reconstruct((originals * model.batch_size)[: model.batch_size])[: len(originals)]
   buffer = io.BytesIO()
   np.savez_compressed(buffer, seeds=np.asarray(seeds), originals=np.asarray(originals), decoded=np.asarray(decoded))
-  shapes_eval.write_atomically(path, buffer.getvalue())
+  write_atomically(path, buffer.getvalue())
 
 
 # ---- the telling

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from blip3o_jax.apps.plots import Curve, loss_svg
-from blip3o_jax.evaluation.shapes import FAMILIES, ShapesScore, encode_png, same_answer, write_atomically
+from blip3o_jax.data.outputs import encode_png, write_atomically
+from blip3o_jax.evaluation.shapes import FAMILIES, ShapesScore, same_answer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,44 +48,9 @@ class DataConfig:
   cache: bool = False
 
 
-def make_loader(
-  cfg,
-  *,
-  batch_size: int,
-  seed: int,
-  start_step: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
-  tokenizer=None,
-  processor: ImageProcessor | None = None,
-  window_size: int = 112,
-) -> Iterator[dict[str, np.ndarray]]:
-  """Endless batches of this process, from step `start_step` on (any start costs the same).
-
-  Args:
-    cfg: DataConfig, or a mapping of its fields.
-    batch_size: B, over all processes.
-    tokenizer: data.tokenizer.Tokenizer; every task but images needs it.
-    processor, window_size: the picture layout of the understanding tower, for conversations (see data.vision).
-
-  Returns:
-    An iterator of dicts with the keys of the task (DESIGN part 3), each [B / process_count, ...].
-
-  Raises:
-    UserError: unknown keys, missing files, a batch that does not divide.
-  """
-  dataset = make_dataset(
-    cfg,
-    batch_size=batch_size,
-    seed=seed,
-    start_step=start_step,
-    process_index=process_index,
-    process_count=process_count,
-    tokenizer=tokenizer,
-    processor=processor,
-    window_size=window_size,
-  )
-  return iter(dataset)
+def make_loader(cfg, **settings) -> Iterator[dict[str, np.ndarray]]:
+  """An iterator over `make_dataset(cfg, **settings)`."""
+  return iter(make_dataset(cfg, **settings))
 
 
 def make_dataset(
@@ -100,7 +65,20 @@ def make_dataset(
   processor: ImageProcessor | None = None,
   window_size: int = 112,
 ) -> grain.IterDataset:
-  """As make_loader, before iteration begins."""
+  """Endless batches of this process, from step `start_step` on (any start costs the same).
+
+  Args:
+    cfg: DataConfig, or a mapping of its fields.
+    batch_size: B, over all processes.
+    tokenizer: data.tokenizer.Tokenizer; every task but images needs it.
+    processor, window_size: the picture layout of the understanding tower, for conversations (see data.vision).
+
+  Returns:
+    An endless Grain dataset of dicts with the keys of the task (DESIGN part 3), each [B / process_count, ...].
+
+  Raises:
+    UserError: unknown keys, missing files, a batch that does not divide.
+  """
   cfg = _config(cfg)
   if batch_size % process_count:
     raise UserError(f"batch_size {batch_size} does not divide over {process_count} processes")

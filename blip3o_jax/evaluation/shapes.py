@@ -5,9 +5,7 @@ OUT/pictures/PROMPT-NUMBER.png.
 """
 
 import dataclasses
-import io
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from blip3o_jax.data import shapes
+from blip3o_jax.data.outputs import encode_png, write_atomically
 from blip3o_jax.data.shapes import FAMILIES, INVERSE, Caption
 from blip3o_jax.errors import UserError
 from blip3o_jax.evaluation.shapes_judge import judge, satisfies
@@ -262,22 +261,6 @@ def read_picture(path: str | Path) -> np.ndarray:
   """An image file as uint8 [H, W, 3]."""
   with Image.open(path) as picture:
     return np.asarray(picture.convert("RGB"))
-
-
-def encode_png(picture: np.ndarray) -> bytes:
-  """uint8 [H, W, 3] -> PNG."""
-  buffer = io.BytesIO()
-  Image.fromarray(np.asarray(picture, np.uint8)).save(buffer, "PNG")
-  return buffer.getvalue()
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-  """The file is there whole or not at all; missing folders are made."""
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  temporary.write_bytes(content)
-  os.replace(temporary, path)
 
 
 def _write_pictures(folder: Path, drawn: Sequence[Sequence[np.ndarray]]) -> None:

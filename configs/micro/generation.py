@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     {
       "seed": 0,
-      "steps": 2000,
+      "steps": 900,
       "batch_size": 64,
       "objective": "generation",
       "objective_args": {"drop": 0.1, "times": "continuous"},

@@ -9,7 +9,7 @@ import pytest
 
 from blip3o_jax.apps import quickstart
 from blip3o_jax.cli import make_parser
-from blip3o_jax.data import shapes
+from blip3o_jax.data import outputs, shapes
 from blip3o_jax.errors import CheckFailed, Preempted, UserError
 from blip3o_jax.evaluation import shapes as evaluation
 
@@ -33,7 +33,7 @@ class World:
     self._note("corpus" + (" all" if not sizes else ""))
     folder = path / "understanding"
     folder.mkdir(parents=True)
-    evaluation.write_atomically(folder / "a.png", evaluation.encode_png(np.zeros((64, 64, 3))))
+    outputs.write_atomically(folder / "a.png", outputs.encode_png(np.zeros((64, 64, 3))))
     turns = [{"from": "human", "value": "<image>\nwhat colour is the circle?"}, {"from": "gpt", "value": "red"}]
     (folder / "heldout.jsonl").write_text(json.dumps({"image": "a.png", "conversations": turns}) + "\n")
 
@@ -43,7 +43,7 @@ class World:
   def _train(self, workdir, name, source):
     self._note(f"{name} on {source.relative_to(workdir).as_posix() if source else 'nothing'}")
     lines = [json.dumps({"step": n, "loss": 1 / n}) + "\n" for n in (1, 2, 3)]
-    evaluation.write_atomically(workdir / "stages" / name / "metrics.jsonl", "".join(lines).encode())
+    outputs.write_atomically(workdir / "stages" / name / "metrics.jsonl", "".join(lines).encode())
 
   def _look(self, directory, questions):
     self._note(f"look at {directory.name}")
