@@ -38,7 +38,9 @@ class Dense(nn.Module):
       (x.shape[-1], self.features),
       self.param_dtype,
     )
-    y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+    # As one matrix: the CPU back end takes the weight gradient of a [B, L, D] product three times slower than of this.
+    rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
+    y = jnp.dot(rows, kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
     if self.use_bias:
       bias = self.param(
         "bias", nn.with_logical_partitioning(self.bias_init, self.axes[1:]), (self.features,), self.param_dtype
