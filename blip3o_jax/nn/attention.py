@@ -32,8 +32,3 @@ def attention(
     logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
   probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
   return jnp.einsum("bgrls,bsgk->blgrk", probs, v).reshape(b, length, heads, v.shape[-1])
-
-
-def causal_mask(length: int) -> jax.Array:
-  """bool [1, 1, L, L], True on and below the diagonal."""
-  return jnp.tril(jnp.ones((length, length), bool))[None, None]
