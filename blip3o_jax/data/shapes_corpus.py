@@ -38,10 +38,10 @@ def make_shapes(
   *,
   seed: int = 0,
   contrastive: int = 20_000,
-  pretrain: int = 20_000,
+  pretrain: int = 40_000,
   instruct: int = 4_000,
-  understanding: int = 20_000,
-  text_only: int = 20_000,
+  understanding: int = 40_000,
+  text_only: int = 8_000,
   held_out: int = 1_000,
   shard_size: int = 5_000,
 ) -> Path:

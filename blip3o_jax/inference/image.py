@@ -24,7 +24,8 @@ DECODER_NULLS = ("generated", "image", "zeros")
 class Sampling:
   """How pictures are drawn; the defaults are the release's (spec 3.3, 6.3, 6.5).
 
-  steps, guidance: of the DiT. exact_times: give the DiT 1000 sigma itself, not its integer part.
+  steps, guidance, shift: of the DiT; shift > 1 takes more steps at high noise (flow_matching.shift_sigma).
+  exact_times: give the DiT 1000 sigma itself, not its integer part.
   decoder_steps, decoder_guidance: of the UNet; guidance <= 1 leaves the null condition out.
   decoder_null: what the UNet's null condition is: "generated" (a picture drawn for " "), "image" (the features of an
   all-zero normalised image, as in the release's image mode) or "zeros".
@@ -33,6 +34,7 @@ class Sampling:
 
   steps: int = 30
   guidance: float = 3.0
+  shift: float = 1.0
   exact_times: bool = False
   decoder_steps: int = 50
   decoder_guidance: float = 3.0
@@ -57,9 +59,20 @@ def _noise(keys: jax.Array, draw: int, shape: tuple[int, ...]) -> jax.Array:
   return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, draw), shape))(keys)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "steps", "guidance", "exact_times", "draw"))
+@functools.partial(jax.jit, static_argnames=("model", "steps", "guidance", "shift", "exact_times", "draw"))
 def draw_features(
-  model: Blip3o, params, tokens, mask, positions, keys, *, steps: int, guidance: float, exact_times: bool, draw: int = 0
+  model: Blip3o,
+  params,
+  tokens,
+  mask,
+  positions,
+  keys,
+  *,
+  steps: int,
+  guidance: float,
+  shift: float = 1.0,
+  exact_times: bool = False,
+  draw: int = 0,
 ) -> jax.Array:
   """Prompts -> CLIP features, float32 [B, N, C], row-major (spec 3.3).
 
@@ -76,7 +89,8 @@ def draw_features(
     condition = null_first(condition)
   projected = call(condition, method="project_condition")
   velocity = lambda x, t: call(x.astype(model.dtype), t, condition, projected, method="velocity")
-  x = sample_flow(velocity, noise, steps=steps, guidance=guidance, truncate_times=not exact_times).latents
+  settings = {"steps": steps, "guidance": guidance, "shift": shift, "truncate_times": not exact_times}
+  x = sample_flow(velocity, noise, **settings).latents
   return x.reshape(x.shape[0], -1, x.shape[-1])
 
 

@@ -165,6 +165,7 @@ class Model:
       self.params,
       steps=sampling.steps,
       guidance=sampling.guidance,
+      shift=sampling.shift,
       exact_times=sampling.exact_times,
     )
     features = draw(*self._prompt_arrays(rows), keys)

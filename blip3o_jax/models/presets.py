@@ -88,7 +88,6 @@ def _micro() -> Blip3oConfig:
     norm_eps=1e-6,
     tie_embeddings=False,
     qkv_bias=True,
-    remat="full",  # on a CPU faster too: less to write and read back
   )
   vision = VisionConfig(
     patch_size=8, dim=96, layers=4, heads=4, mlp_dim=256, window_size=32, full_layers=(1, 3), out_dim=128

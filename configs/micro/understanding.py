@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     {
       "seed": 0,
-      "steps": 1600,
+      "steps": 3500,
       "batch_size": 32,
       "objective": "understanding",
       "model": {"preset": "micro"},
@@ -22,8 +22,8 @@ def get_config() -> ConfigDict:
         "max_length": 192,
         "max_patches": 64,
       },
-      "optimizer": {"learning_rate": 2e-3, "b2": 0.99, "weight_decay": 0.01},
-      "schedule": {"name": "cosine_min", "min_ratio": 0.02, "warmup_steps": 200},
+      "optimizer": {"name": "muon", "learning_rate": 5e-3, "b2": 0.99, "weight_decay": 0.01},
+      "schedule": {"name": "cosine_min", "min_ratio": 0.02, "warmup_steps": 100},
       "ema_decay": 0.998,
       "compute_dtype": "float32",
       "save_every": 500,

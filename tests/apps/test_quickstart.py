@@ -40,7 +40,8 @@ class World:
   def _take_frozen(self, target):
     self._note("frozen")
 
-  def _train(self, workdir, name, source):
+  def _train(self, workdir, name, source, overrides):
+    assert overrides == (quickstart.QUICK[name] if "frozen" in self.calls else ())
     self._note(f"{name} on {source.relative_to(workdir).as_posix() if source else 'nothing'}")
     lines = [json.dumps({"step": n, "loss": 1 / n}) + "\n" for n in (1, 2, 3)]
     outputs.write_atomically(workdir / "stages" / name / "metrics.jsonl", "".join(lines).encode())
@@ -153,12 +154,13 @@ def test_a_stage_is_trained_with_its_own_config_here(tmp_path, monkeypatch):
   seen = {}
   monkeypatch.setattr(quickstart, "train", lambda config, workdir: seen.update(config=config, workdir=workdir))
   monkeypatch.chdir(tmp_path)
-  quickstart._train(Path("q"), "clip", Path("q/stages/vae/model"))
+  quickstart._train(Path("q"), "clip", Path("q/stages/vae/model"), ("steps=7",))
+  assert seen["config"].steps == 7
   assert seen["config"].data.path == str(tmp_path / "q" / "corpus" / "contrastive")
   assert seen["config"].init_from == str(tmp_path / "q" / "stages" / "vae" / "model")
   assert seen["workdir"] == Path("q/stages/clip")
   assert seen["config"].tokenizer == ""
-  quickstart._train(Path("q"), "vae", None)
+  quickstart._train(Path("q"), "vae", None, ())
   assert seen["config"].tokenizer == str(tmp_path / "q" / "corpus" / "tokenizer") and seen["config"].init_from == ""
 
 

@@ -21,9 +21,9 @@ def call(method):
   return jax.jit(lambda params, *args: model.apply({"params": params}, *args, method=method))
 
 
-def draw(prompt, pictures, *, seed=0, steps=3, guidance=3.0, exact_times=False, draw=0):
+def draw(prompt, pictures, *, seed=0, steps=3, guidance=3.0, **settings):
   keys = image.picture_keys(seed, np.asarray(pictures))
-  settings = {"steps": steps, "guidance": guidance, "exact_times": exact_times, "draw": draw}
+  settings |= {"steps": steps, "guidance": guidance}
   return np.asarray(image.draw_features(tiny.model(), tiny.params(), *prompt, keys, **settings))
 
 
@@ -56,13 +56,13 @@ def test_noise_belongs_to_the_picture():
 # ---- features
 
 
-def reference_features(prompt, noise, *, steps, guidance, exact):
+def reference_features(prompt, noise, *, steps, guidance, exact, shift=1.0):
   """Spec 3.3 as it stands, one branch at a time."""
   params = tiny.params()
   condition = call("query_states")(params, *prompt)
   x = np.asarray(noise, np.float64)
   for i in range(steps):
-    sigma, after = 1 - i / steps, 1 - (i + 1) / steps
+    sigma, after = (shift * s / (1 + (shift - 1) * s) for s in (1 - i / steps, 1 - (i + 1) / steps))
     t = np.full(len(x), 1000 * sigma if exact else int(1000 * sigma), np.float32)
     velocity = lambda c, x=x, t=t: np.asarray(call("velocity")(params, np.float32(x), t, c), np.float64)
     null, cond = velocity(jnp.zeros_like(condition)), velocity(condition)
@@ -86,6 +86,13 @@ def test_guidance_one_is_the_condition_alone():
   noise = image._noise(image.picture_keys(0, np.asarray([2])), 0, (2, 2, 16))
   want = reference_features(prompt, noise, steps=2, guidance=1.0, exact=False)
   assert relative_error(draw(prompt, [2], steps=2, guidance=1.0), want) < 1e-4
+
+
+def test_shift_moves_the_steps():
+  prompt = tiny.prompts([5], pad_to=5)
+  noise = image._noise(image.picture_keys(0, np.asarray([2])), 0, (2, 2, 16))
+  want = reference_features(prompt, noise, steps=3, guidance=3.0, exact=True, shift=4.0)
+  assert relative_error(draw(prompt, [2], shift=4.0, exact_times=True), want) < 1e-4
 
 
 def test_a_padded_row_equals_its_own_batch_of_one(drawn):

@@ -65,6 +65,14 @@ def test_times_of_the_paper_lie_between_the_grid():
   assert np.abs(t - np.round(t)).max() > 0.1 and t.min() > 0 and t.max() <= 1000
 
 
+@pytest.mark.parametrize("times", ["discrete", "continuous"])
+def test_shift_moves_times_to_high_noise(times):
+  at = lambda shift: np.asarray(run(times=times, shift=shift)[0].seen["velocity"][0][1], np.float64) / 1000
+  plain = at(1.0)
+  np.testing.assert_allclose(at(4.0), 4 * plain / (1 + 3 * plain), atol=1e-5)
+  np.testing.assert_array_equal(plain, np.asarray(run(times=times)[0].seen["velocity"][0][1], np.float64) / 1000)
+
+
 def test_a_dropped_condition_is_zero_as_a_whole():
   model, _ = run(drop=0.5)
   condition = np.asarray(model.seen["velocity"][0][2])
