@@ -28,7 +28,7 @@ from blip3o_jax.data import shapes, shapes_questions, templates
 from blip3o_jax.data.tokenizer import train_tokenizer
 from blip3o_jax.errors import UserError
 
-VERSION = 2  # of what is drawn: another version is another corpus
+VERSION = 3  # of what is drawn: another version is another corpus
 MANIFEST = "manifest.json"
 VOCABULARY = 640  # entries of the tokenizer, as in the preset "micro"
 
@@ -37,7 +37,7 @@ def make_shapes(
   out_dir,
   *,
   seed: int = 0,
-  contrastive: int = 20_000,
+  contrastive: int = 30_000,
   pretrain: int = 40_000,
   instruct: int = 4_000,
   understanding: int = 40_000,
@@ -88,11 +88,11 @@ def _rng(seed: int, name: str, index: int) -> random.Random:
 
 
 def _contrastive(rng: random.Random, index: int) -> tuple[shapes.Scene, str]:
-  """Half the captions say everything (half of those with places), half are those of a family."""
-  if index % 2:
+  """Three captions of four say everything (two of them with places), one is that of a family."""
+  if index % 4 == 3:
     return _family(rng, index)
   scene = shapes.sample_scene(rng, rng.choice((*shapes.FAMILIES, None, None, None, None)))
-  return scene, shapes.dense_caption(scene, places=index % 4 == 0, ground=rng.random() < 0.75)
+  return scene, shapes.dense_caption(scene, places=index % 4 < 2, ground=rng.random() < 0.75)
 
 
 def _family(rng: random.Random, index: int, family: str | None = None) -> tuple[shapes.Scene, str]:

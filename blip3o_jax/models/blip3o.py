@@ -95,6 +95,10 @@ class Blip3o(nn.Module):
     """See TextTower: features [B, N, C], tokens [B, L], mask [B, L]."""
     return self.text_tower(features, tokens, mask)
 
+  def read_features(self, features, tokens, mask):
+    """What features tell: (logits of the caption [B, L, V], pixels behind each token [B, N, P]). See TextTower."""
+    return self.text_tower.caption_logits(features, tokens, mask), self.text_tower.pixels(features)
+
   # ---- the backbone
 
   def understand(self, batch) -> jax.Array:
@@ -186,7 +190,7 @@ class Blip3o(nn.Module):
       "queries": lambda: self.latents(1),
       "dit": lambda: self.velocity(grid, t, condition),
       "clip": lambda: self.null_clip_features(),
-      "text_tower": lambda: self.text_tower(features, tokens, mask),
+      "text_tower": lambda: self.text_tower.touch(features, tokens, mask),
       "unet": lambda: self.unet_predict(latents, t, features),
       "vae": lambda: self.vae_decode(self.vae_encode(jnp.zeros((1, cfg.image_size, cfg.image_size, 3)))[0]),
     }

@@ -121,6 +121,7 @@ def _micro() -> Blip3oConfig:
       condition_dim=128,
       rope="concatenated",
       rope_split=(8, 12, 12),
+      rope_theta=10.0,  # the grid is 8 wide: with 10,000 most channels would say nothing of the place
     ),
     clip=EvaClipConfig(
       image_size=64, patch_size=8, width=96, layers=4, heads=4, mlp_dim=288, pool_stride=1, norm_init=0.3

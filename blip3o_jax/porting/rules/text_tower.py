@@ -9,6 +9,8 @@ RULES = [
   Rule("image_norm.bias", "image_norm/bias"),
   Rule("image_projection.weight", "image_proj/kernel", "linear"),
   Rule("text_projection.weight", "text_proj/kernel", "linear"),
+  Rule("caption_input.weight", "caption_in/kernel", "linear"),
+  Rule("caption_input.bias", "caption_in/bias"),
   Rule("patch_readout.weight", "patch_readout/kernel", "linear"),
   Rule("patch_readout.bias", "patch_readout/bias"),
   Rule("logit_scale", "logit_scale"),
