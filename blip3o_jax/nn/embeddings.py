@@ -19,11 +19,13 @@ def timestep_features(t: jax.Array, size: int, *, max_period: float = 10000.0) -
 def grid_code(height: int, width: int, size: int) -> np.ndarray:
   """A smooth 2-D position code for a grid: float32 [height * width, size], row-major, unit variance per entry.
 
-  Half of the channels code the row, half the column; frequencies pi/16 * (1, 2, ...) so that neighbours are similar.
+  Half of the channels code the row, half the column of a cell's middle, in eighths of the picture whatever the grid, so
+  that a coarse cell resembles the fine ones inside it; frequencies pi/16 * (1, 2, ...), so neighbours are similar.
   """
   quarter = size // 4
   omega = np.pi / 16 * np.arange(1, quarter + 1)
-  row, col = np.meshgrid(np.arange(height) * 8 / height, np.arange(width) * 8 / width, indexing="ij")
+  middles = lambda n: (np.arange(n) + 0.5) * 8 / n
+  row, col = np.meshgrid(middles(height), middles(width), indexing="ij")
   parts = [f(p.reshape(-1, 1) * omega) for p in (row, col) for f in (np.sin, np.cos)]
   code = np.concatenate(parts, axis=-1) * np.sqrt(2.0)
   return np.pad(code, ((0, 0), (0, size - code.shape[1]))).astype(np.float32)

@@ -75,13 +75,17 @@ def make_optimizer(cfg: Mapping[str, Any]) -> optax.GradientTransformation:
 
 
 def matrix_axes(params: Any) -> Any:
-  """For Muon, the axes of a leaf that are (in, out) of a matrix; None, which is Adam, for all but dense kernels."""
+  """For Muon, the axes of a leaf that are (in, out) of a matrix; None, which is Adam, for all but kernels.
+
+  The window of a convolution counts as `in`: it multiplies the flattened patch.
+  """
 
   def axes(path, x):
     names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]  # without the box of a sharded leaf
-    if names[-1] != "kernel" or x.ndim != 2 + ("layers" in names):
+    stacked = int("layers" in names)
+    if names[-1] != "kernel" or x.ndim - stacked not in (2, 4):
       return None
-    return optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
+    return optax.contrib.MuonDimensionNumbers(tuple(range(stacked, x.ndim - 1)), x.ndim - 1)
 
   return jax.tree_util.tree_map_with_path(axes, params)
 

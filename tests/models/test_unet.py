@@ -13,6 +13,7 @@ from helpers import load_golden, relative_error
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.unet import Transformer, UNet, UNetConfig
+from blip3o_jax.nn.embeddings import grid_code
 from blip3o_jax.porting.convert import reference_specs, to_ours, to_reference
 from blip3o_jax.porting.rules.unet import RULES
 
@@ -122,6 +123,14 @@ def test_the_code_tells_where_a_token_lies(code):
   params, (x, t, context, *rest) = random_params(cfg), inputs(cfg)
   moved = predict(cfg, params, x, t, context[:, ::-1], *rest)
   assert (relative_error(moved, predict(cfg, params, x, t, context, *rest)) > 1e-3) == code
+
+
+def test_a_coarse_code_resembles_the_fine_ones_inside_its_cell():
+  fine, coarse = grid_code(8, 8, 96), grid_code(4, 4, 96)
+  likeness = (coarse @ fine.T).reshape(4, 4, 4, 2, 4, 2)  # coarse row, column; fine row in two, column in two
+  by_cell = likeness.transpose(0, 1, 2, 4, 3, 5).reshape(16, 16, 4)
+  own = np.eye(16, dtype=bool)
+  assert by_cell[own].min() > by_cell[~own].max()
 
 
 @pytest.mark.parametrize("code", [False, True])

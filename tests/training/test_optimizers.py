@@ -67,10 +67,12 @@ def test_muon_orthogonalises_matrices_and_leaves_the_rest_to_adam():
   params = {
     "layers": {"q": {"kernel": rng.normal(size=(3, 8, 16)), "bias": rng.normal(size=(3, 16))}},
     "out": {"kernel": rng.normal(size=(8, 4))},
+    "conv": {"kernel": rng.normal(size=(3, 3, 2, 4))},
   }
   grads = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
   updates, _ = optimizer.update(grads, optimizer.init(grads), grads)
-  for matrix in (*updates["layers"]["q"]["kernel"], updates["out"]["kernel"]):
+  convolution = updates["conv"]["kernel"].reshape(18, 4)
+  for matrix in (*updates["layers"]["q"]["kernel"], updates["out"]["kernel"], convolution):
     values = np.linalg.svd(np.asarray(matrix), compute_uv=False)
     assert values.max() / values.min() < 2  # of a random matrix of these sizes it is above 4
     assert np.sqrt(np.mean(np.square(matrix))) == pytest.approx(0.2, rel=0.2)
