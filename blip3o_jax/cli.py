@@ -7,6 +7,7 @@ Every command imports what it needs when it runs, so that `--help` and a mistype
 import argparse
 import errno
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -204,7 +205,8 @@ def _train(args):
   config = load_config(args.config, args.overrides)  # a slip answers before jax starts
   from blip3o_jax.training.trainer import train
 
-  train(config, args.workdir)
+  words = ["blip3o", "train", "--config", args.config.as_posix(), "--workdir", args.workdir.as_posix(), *args.overrides]
+  train(config, args.workdir, command=shlex.join(words))
 
 
 def _generate(args):

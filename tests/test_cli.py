@@ -94,9 +94,11 @@ def test_train_reads_the_config_and_its_overrides(replace, tmp_path, capsys):
   file = tmp_path / "x.py"
   file.write_text("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'steps': 10})\n")
   called = []
-  replace("blip3o_jax.training.trainer", train=lambda config, workdir: called.append((config, workdir)))
+  replace("blip3o_jax.training.trainer", train=lambda *args, **kwargs: called.append((*args, kwargs)))
   assert run("train", "--config", file, "--workdir", tmp_path / "w", "--config.optimizer.learning_rate=0.5") == 0
-  ((config, workdir),) = called
+  ((config, workdir, kwargs),) = called
+  words = f"blip3o train --config {file} --workdir {tmp_path / 'w'} --config.optimizer.learning_rate=0.5"
+  assert kwargs == {"command": words}
   assert (config.steps, config.optimizer.learning_rate, workdir) == (10, 0.5, tmp_path / "w")
   assert run("train", "--config", file, "--workdir", "w", "--config.stepz=1") == 2
   assert "did you mean steps" in capsys.readouterr().err and len(called) == 1

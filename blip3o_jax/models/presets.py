@@ -112,19 +112,19 @@ def _micro() -> Blip3oConfig:
     ),
     dit=NextDiTConfig(
       in_channels=96,
-      grid=(8, 8),
-      dim=128,
-      layers=6,
-      heads=4,
+      grid=(4, 4),
+      dim=192,
+      layers=4,
+      heads=6,
       kv_heads=2,
-      ffn_dim=384,
+      ffn_dim=512,
       condition_dim=128,
       rope="concatenated",
       rope_split=(8, 12, 12),
-      rope_theta=10.0,  # the grid is 8 wide: with 10,000 most channels would say nothing of the place
+      rope_theta=10.0,  # the grid is 4 wide: with 10,000 most channels would say nothing of the place
     ),
     clip=EvaClipConfig(
-      image_size=64, patch_size=8, width=96, layers=4, heads=4, mlp_dim=288, pool_stride=1, norm_init=0.3
+      image_size=64, patch_size=16, width=96, layers=4, heads=4, mlp_dim=288, pool_stride=1, norm_init=0.3
     ),
     unet=UNetConfig(
       block_out_channels=(48, 96),
@@ -142,7 +142,7 @@ def _micro() -> Blip3oConfig:
       block_out_channels=(48,), layers_per_block=1, norm_groups=8, mid_attention=False, patch_size=4, scaling_factor=1.0
     ),
     decoder_process=EulerDiscreteConfig(prediction="v_prediction"),
-    text_tower=TextTowerConfig(text=tower, dim=64, patch_dim=192),
+    text_tower=TextTowerConfig(text=tower, dim=64, patch_dim=768),
     queries=16,
     image_size=64,
   )

@@ -58,7 +58,7 @@ class Program:
   step: Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def train(config: ConfigDict, workdir: str | Path) -> TrainResult:
+def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> TrainResult:
   """Train one stage to its end, or go on with it: the same command does both.
 
   Leaves in `workdir`: config.json, parameters.txt, metrics.jsonl, checkpoints/, and at the end model/.
@@ -66,6 +66,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainResult:
   Args:
     config: fields of `training.defaults.default_config()`.
     workdir: directory of this run alone; one that another config made is refused.
+    command: what to type to do this again; told in the model's provenance.
 
   Raises:
     UserError: bad config, missing input, no space, or a loss that stays non-finite.
@@ -161,7 +162,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainResult:
 
     # 6. The model directory: averaged weights if there are any, and the untouched components of init_from.
     trained = train_state.ema if config.ema_decay else train_state.trained
-    facts = {"seconds": round(time.monotonic() - clock), "metrics": log.last}
+    facts = {"seconds": round(time.monotonic() - clock), "metrics": log.last} | (
+      {"command": command} if command else {}
+    )
     export(config, program, state.merge(trained, frozen), exported, facts)
   say(f"finished: {exported}")
   return TrainResult(workdir, exported, config.steps, log.last)

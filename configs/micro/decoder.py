@@ -2,8 +2,8 @@
 
 blip3o train --config configs/micro/decoder.py --workdir runs/micro/decoder
 
-Two CPU cores (AMD EPYC, AVX-512), 2026-11-21: 561 s; 0.885 of 96 pictures judged right after true features, 0.78 after
-features that are half noise.
+One CPU core (AMD EPYC, AVX-512), 2026-11-21: 2533 s. Drawn again from their own features, 0.917 of 96 pictures were judged
+right, and 0.583 of 96 pictures of held-out combinations.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     {
       "seed": 0,
-      "steps": 1500,
+      "steps": 3000,
       "batch_size": 32,
       "objective": "decoding",
       "objective_args": {"drop": 0.1, "noise": 0.5},
@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
       "trainable": ("unet/",),
       "init_from": "runs/micro/clip/model",
       "data": {"task": "images", "path": "runs/shapes/pretrain", "image_size": 64, "cache": True},
-      "optimizer": {"learning_rate": 2e-3, "b2": 0.99},
+      "optimizer": {"name": "muon", "learning_rate": 5e-3, "b2": 0.99},
       "schedule": {"name": "cosine_min", "min_ratio": 0.02, "warmup_steps": 200},
       "ema_decay": 0.998,
       "compute_dtype": "float32",

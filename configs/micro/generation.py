@@ -1,6 +1,8 @@
 """The miniature, stage 5 of 6: generation. Queries and DiT learn to draw CLIP features through the frozen backbone.
 
 blip3o train --config configs/micro/generation.py --workdir runs/micro/generation
+
+One CPU core (AMD EPYC, AVX-512), 2026-11-21: 2255 s. Two cores give 1.3 times the speed of one: each repeats Muon's update.
 """
 
 from ml_collections import ConfigDict
@@ -10,12 +12,12 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     {
       "seed": 0,
-      "steps": 3500,
+      "steps": 4000,
       "batch_size": 64,
       "objective": "generation",
-      # 64 tokens of 96 channels say everything many times over: below half noise there is little left to decide.
-      "objective_args": {"drop": 0.1, "times": "continuous", "shift": 4.0},
-      "sampling": {"shift": 4.0},
+      # 16 tokens of 96 channels say everything several times over: below half noise there is little left to decide.
+      "objective_args": {"drop": 0.1, "times": "continuous", "shift": 6.0},
+      "sampling": {"shift": 6.0},
       "model": {"preset": "micro"},
       "trainable": ("queries/", "dit/"),
       "init_from": "runs/micro/understanding/model",
@@ -23,13 +25,13 @@ def get_config() -> ConfigDict:
         "task": "generation",
         "path": "runs/shapes/pretrain",
         "image_size": 64,
-        "max_length": 48,
+        "max_length": 64,
         "form": "inference",
         "wording": "release",
       },
       "optimizer": {"name": "muon", "learning_rate": 1.2e-2, "b2": 0.99},
-      "schedule": {"name": "cosine_min", "min_ratio": 0.02, "warmup_steps": 200},
-      "ema_decay": 0.998,
+      "schedule": {"name": "cosine_min", "min_ratio": 0.02, "warmup_steps": 400},
+      "ema_decay": 0.999,
       "compute_dtype": "float32",
       "save_every": 500,
       "log_every": 20,

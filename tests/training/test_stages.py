@@ -45,7 +45,7 @@ def config(world, **changes):
 @pytest.fixture(scope="module")
 def vae_run(world, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("vae")
-  return trainer.train(config(world), workdir)
+  return trainer.train(config(world), workdir, command="blip3o train --config vae.py")
 
 
 def test_first_stage(vae_run):
@@ -55,6 +55,7 @@ def test_first_stage(vae_run):
   assert set(manifest.components) == {"vae"}
   (stage,) = manifest.provenance
   assert stage["objective"] == "autoencoding" and stage["metrics"]["step"] == 4 and stage["seconds"] >= 0
+  assert stage["command"] == "blip3o train --config vae.py"
   read = model_dir.read_components(vae_run.model_dir, ("vae",))["vae"]
   assert all(np.isfinite(x).all() for x in trainer.jax.tree.leaves(read))
 
