@@ -2,8 +2,8 @@
 
 blip3o train --config configs/micro/decoder.py --workdir runs/micro/decoder
 
-One CPU core (AMD EPYC, AVX-512), 2026-11-21: 2533 s. Drawn again from their own features, 0.917 of 96 pictures were judged
-right, and 0.583 of 96 pictures of held-out combinations.
+One CPU core (AMD EPYC, AVX-512), 2026-11-21: 2533 s. Drawn again from their own features, 0.917 of 96 pictures were
+judged right, and 0.583 of 96 pictures of held-out combinations.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,8 @@
 
 blip3o train --config configs/micro/generation.py --workdir runs/micro/generation
 
-One CPU core (AMD EPYC, AVX-512), 2026-11-21: 2255 s. Two cores give 1.3 times the speed of one: each repeats Muon's update.
+One CPU core (AMD EPYC, AVX-512), 2026-11-21: 2255 s. Two cores have 1.3 times the speed of one: each repeats the
+update of Muon.
 """
 
 from ml_collections import ConfigDict
