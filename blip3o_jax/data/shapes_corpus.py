@@ -88,11 +88,7 @@ def _rng(seed: int, name: str, index: int) -> random.Random:
 
 
 def _dense(rng: random.Random, index: int, share: int) -> tuple[shapes.Scene, str]:
-  """`share` captions of four say everything (all of these but one with places), the others are those of families.
-
-  Captions that name every shape with its colour and place leave nothing to guess: with them what is said of one thing
-  is learned apart from what is said of another, and new combinations follow.
-  """
+  """`share` captions of four say everything (all of these but one with places), the others are those of families."""
   if index % 4 >= share:
     return _family(rng, index)
   scene = shapes.sample_scene(rng, rng.choice((*shapes.FAMILIES, None, None, None, None)))

@@ -162,9 +162,9 @@ def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> Trai
 
     # 6. The model directory: averaged weights if there are any, and the untouched components of init_from.
     trained = train_state.ema if config.ema_decay else train_state.trained
-    facts = {"seconds": round(time.monotonic() - clock), "metrics": log.last} | (
-      {"command": command} if command else {}
-    )
+    facts = {"seconds": round(time.monotonic() - clock), "metrics": log.last}
+    if command:
+      facts["command"] = command
     export(config, program, state.merge(trained, frozen), exported, facts)
   say(f"finished: {exported}")
   return TrainResult(workdir, exported, config.steps, log.last)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 
 import jax
@@ -66,16 +67,25 @@ def test_resume_is_exact_to_the_bit(whole, tmp_path, monkeypatch):
 def test_a_loader_that_dies_of_the_same_signal_loses_nothing(whole, tmp_path, monkeypatch):
   """Ctrl-C reaches a loader's worker processes as well."""
 
+  taken, add = threading.Event(), trainer.metrics.MetricLog.add
+
+  def note(log, step, scalars):
+    add(log, step, scalars)
+    if step == 13:
+      taken.set()
+
   def loader(config, architecture, start_step):
     for index, batch in enumerate(toy.open_loader(config, architecture, start_step)):
       if start_step + index == 13:
-        time.sleep(1)  # until the trainer waits for this batch: it runs behind the loader
+        assert taken.wait(60)  # the loader runs ahead of the steps
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
         raise RuntimeError("a worker process is gone")
       yield batch
 
-  with monkeypatch.context() as patch, pytest.raises(Preempted, match="after step 1[23]"):
+  with monkeypatch.context() as patch, pytest.raises(Preempted, match="after step 13"):
     patch.setattr(trainer, "open_loader", loader)
+    patch.setattr(trainer.metrics.MetricLog, "add", note)
     trainer.train(toy.config(ema_decay=0.9), tmp_path)
   trainer.train(toy.config(ema_decay=0.9), tmp_path)
   assert toy.losses(tmp_path) == whole[0]
