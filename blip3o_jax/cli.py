@@ -92,7 +92,9 @@ def make_parser() -> argparse.ArgumentParser:
     return added
 
   def model(added):
-    added.add_argument("--model", required=True, metavar="DIR", help="a model directory, or `micro`, the bundled one")
+    added.add_argument(
+      "--model", required=True, metavar="DIR", help="a model directory, the release's layout, a hub id, or `micro`"
+    )
 
   quickstart = command("quickstart", _quickstart, "the main job in miniature, on this machine")
   quickstart.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), metavar="DIR")
@@ -123,10 +125,15 @@ def make_parser() -> argparse.ArgumentParser:
   reconstruct.add_argument("--image", required=True, type=Path, metavar="FILE")
   reconstruct.add_argument("--out", required=True, type=Path, metavar="DIR")
 
-  convert = command("convert", _convert, "write a model directory again, in another format or dtype")
-  convert.add_argument("--from", dest="source", required=True, metavar="DIR", help="a model directory, or micro")
+  convert = command("convert", _convert, "weights of the PyTorch release in, or out again")
+  convert.add_argument("--from", dest="source", required=True, metavar="DIR", help="anything that --model takes")
   convert.add_argument("--to", required=True, type=Path, metavar="DIR")
-  convert.add_argument("--format", choices=("orbax", "safetensors"), default="safetensors")
+  convert.add_argument(
+    "--format",
+    choices=("orbax", "safetensors"),
+    help="safetensors: the layout of the release; orbax: a model directory of Orbax trees (default: a model directory)",
+  )
+  convert.add_argument("--part", help="with --format safetensors: this part alone, as its own library loads it")
   convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as it is)")
 
   verify = command("verify", _verify, "replay recorded reference activations; exit status 1 on any miss")
@@ -240,9 +247,10 @@ def _reconstruct(args):
 
 
 def _convert(args):
-  from blip3o_jax.porting import model_dir
+  from blip3o_jax.porting import locate
 
-  print(model_dir.convert_dir(args.source, args.to, format=args.format, dtype=args.dtype))
+  for line in locate.convert_model(args.source, args.to, format=args.format, part=args.part, dtype=args.dtype):
+    print(line)
 
 
 def _verify(args):

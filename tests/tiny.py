@@ -7,7 +7,7 @@ import numpy as np
 
 from blip3o_jax.models import presets
 from blip3o_jax.models.blip3o import COMPONENTS, Blip3o, Blip3oConfig
-from blip3o_jax.porting import model_dir
+from blip3o_jax.porting import source
 
 # Of the preset "micro". Pictures 16 x 16, encoder tokens 4 x 4 pooled to 2 x 2, latents 4 x 4.
 OVERRIDES = {
@@ -85,7 +85,7 @@ def params(seed: int = 0):
       return noise / np.sqrt(np.float32(np.prod(x.shape[-2:-1])))
     return 1 + 0.1 * noise if name == "scale" else 0.5 * noise
 
-  return jax.tree_util.tree_map_with_path(draw, model_dir.abstract_params(config(), COMPONENTS))
+  return jax.tree_util.tree_map_with_path(draw, source.abstract_params(config(), COMPONENTS))
 
 
 def quick_jit(f, **kwargs):

@@ -32,7 +32,7 @@ from blip3o_jax.errors import CheckFailed, UserError
 from blip3o_jax.evaluation import shapes as shapes_eval
 from blip3o_jax.evaluation.shapes import FAMILIES, ShapesScore
 from blip3o_jax.inference.model import load
-from blip3o_jax.porting import convert, model_dir, rules
+from blip3o_jax.porting import convert, locate, model_dir
 from blip3o_jax.training.config import load_config
 from blip3o_jax.training.trainer import train
 
@@ -216,37 +216,37 @@ def config_file(stage: str) -> Path:
 
 def _has_micro() -> bool:
   try:
-    return bool(model_dir.resolve("micro"))
+    return bool(locate.find("micro"))
   except UserError:
     return False
 
 
 def _take_frozen(target: Path) -> None:
   """A model directory with the given parts of micro alone, so that what is trained here really starts from nothing."""
-  manifest = model_dir.read_manifest("micro")
+  micro = locate.open_model("micro")
   model_dir.write(
     target,
-    preset=manifest.preset,
-    overrides=manifest.overrides,
-    params=model_dir.read_components("micro", FROZEN),
-    tokenizer_dir=model_dir.tokenizer_path("micro"),
-    preprocessor=model_dir.read_preprocessor("micro"),
-    sampling=manifest.sampling,
+    preset=micro.preset,
+    overrides=micro.overrides,
+    params=micro.read(FROZEN),
+    tokenizer_dir=micro.tokenizer_dir(),
+    preprocessor=micro.image_preprocessor(),
+    sampling=micro.sampling,
   )
 
 
 def _look(directory: Path, questions: Path) -> dict[str, Any]:
   """Content hash of the language model's weights as they lie on disk, and its answers to held-out questions."""
-  weights = model_dir.read_components(directory, ["backbone"])["backbone"]
+  _, weights = locate.open_model(directory).reference("backbone")
   asked = shapes_eval.read_questions(questions / "heldout.jsonl", QUESTIONS)
   answers = load(directory).answer([picture for picture, *_ in asked], [question for _, question, _ in asked])
-  return {"hash": convert.content_hash(rules.get("backbone"), weights), "answers": answers}
+  return {"hash": convert.content_hash(weights), "answers": answers}
 
 
 def _copy(source: Path, target: Path) -> None:
   """The same model at another place."""
-  manifest = model_dir.read_manifest(source)
-  model_dir.write(target, preset=manifest.preset, overrides=manifest.overrides, params={}, carry_from=source)
+  model = locate.open_model(source)
+  model_dir.write(target, preset=model.preset, overrides=model.overrides, params={}, carry_from=model)
 
 
 def _evaluate(source: str | Path, out: Path, questions: Path | None) -> None:

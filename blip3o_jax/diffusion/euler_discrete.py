@@ -53,6 +53,20 @@ class EulerDiscreteConfig:
       config.get("prediction_type", "epsilon"),
     )
 
+  def to_reference(self) -> dict:
+    """scheduler_config.json of diffusers' EulerDiscreteScheduler."""
+    return {
+      "num_train_timesteps": self.train_steps,
+      "beta_start": self.beta_start,
+      "beta_end": self.beta_end,
+      "beta_schedule": "scaled_linear",
+      "timestep_spacing": "leading",
+      "steps_offset": self.steps_offset,
+      "prediction_type": self.prediction,
+      "interpolation_type": "linear",
+      "use_karras_sigmas": False,
+    }
+
 
 def _alphas_cumprod(cfg: EulerDiscreteConfig) -> np.ndarray:
   betas = np.linspace(cfg.beta_start**0.5, cfg.beta_end**0.5, cfg.train_steps) ** 2

@@ -18,7 +18,7 @@ from blip3o_jax.inference import image as drawing
 from blip3o_jax.inference import text as talking
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.models.qwen2_5_vl import Qwen25VL
-from blip3o_jax.porting import model_dir
+from blip3o_jax.porting.locate import open_model
 
 Picture = Image.Image | np.ndarray | str | os.PathLike
 _BUCKET = 16  # prompts are padded to a multiple of this, so that few programs serve all lengths
@@ -35,17 +35,15 @@ def load(name_or_path: str | os.PathLike, *, dtype: str = "bfloat16") -> "Model"
   """
   if jax.default_backend() == "cpu":
     dtype = "float32"
-  manifest = model_dir.read_manifest(name_or_path)
-  config = manifest.config()
-  names = tuple(name for name in manifest.components if name != "text_tower")
-  params = model_dir.read_components(name_or_path, names, dtype=jnp.dtype(dtype))
+  source = open_model(name_or_path)
+  names = tuple(name for name in source.components if name != "text_tower")
   return Model(
-    Blip3o(config, dtype=jnp.dtype(dtype)),
-    params,
-    load_tokenizer(model_dir.tokenizer_path(name_or_path)),
-    vision.ImageProcessor.from_reference(model_dir.read_preprocessor(name_or_path)),
-    _replaced(drawing.Sampling(), manifest.sampling),
-    name=str(name_or_path),
+    Blip3o(source.config(), dtype=jnp.dtype(dtype)),
+    source.read(names, dtype=jnp.dtype(dtype)),
+    load_tokenizer(source.tokenizer_dir()),
+    vision.ImageProcessor.from_reference(source.image_preprocessor()),
+    _replaced(drawing.Sampling(), source.sampling),
+    name=source.name,
   )
 
 
@@ -147,7 +145,7 @@ class Model:
 
   def content_hash(self, component: str) -> str:
     """The content hash of a component, as its model directory states it."""
-    return model_dir.content_hash(self.name, component)
+    return open_model(self.name).content_hash(component)
 
   # ---- inside
 

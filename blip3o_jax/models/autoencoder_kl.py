@@ -59,6 +59,27 @@ class AutoencoderKLConfig:
       post_quant_conv=config.get("use_post_quant_conv", True),
     )
 
+  def to_reference(self) -> dict[str, Any]:
+    """config.json of diffusers' AutoencoderKL, which warns of `patch_size` where it is not 1: it has no such thing."""
+    levels = len(self.block_out_channels)
+    content = {
+      "in_channels": self.in_channels,
+      "out_channels": self.in_channels,
+      "down_block_types": ["DownEncoderBlock2D"] * levels,
+      "up_block_types": ["UpDecoderBlock2D"] * levels,
+      "latent_channels": self.latent_channels,
+      "block_out_channels": list(self.block_out_channels),
+      "layers_per_block": self.layers_per_block,
+      "norm_num_groups": self.norm_groups,
+      "act_fn": "silu",
+      "scaling_factor": self.scaling_factor,
+      "shift_factor": self.shift or None,
+      "mid_block_add_attention": self.mid_attention,
+      "use_quant_conv": self.quant_conv,
+      "use_post_quant_conv": self.post_quant_conv,
+    }
+    return content | ({"patch_size": self.patch_size} if self.patch_size > 1 else {})
+
 
 class _Part(nn.Module):
   """What encoder and decoder share: the factories of their layers and the middle block."""

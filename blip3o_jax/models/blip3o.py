@@ -191,7 +191,7 @@ class Blip3o(nn.Module):
       "dit": lambda: self.velocity(grid, t, condition),
       "clip": lambda: self.null_clip_features(),
       "text_tower": lambda: self.text_tower.touch(features, tokens, mask),
-      "unet": lambda: self.unet_predict(latents, t, features),
+      "unet": lambda: self.unet_predict(latents, t, jnp.zeros((1, 1, cfg.unet.context_dim))),
       "vae": lambda: self.vae_decode(self.vae_encode(jnp.zeros((1, cfg.image_size, cfg.image_size, 3)))[0]),
     }
     for name in components:

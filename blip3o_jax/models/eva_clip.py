@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from blip3o_jax.errors import UserError
 from blip3o_jax.nn.attention import attention
 from blip3o_jax.nn.linear import Dense
 from blip3o_jax.nn.norms import LayerNorm
@@ -51,8 +52,46 @@ class EvaClipConfig:
       layers=vision["layers"],
       heads=width // vision["head_width"],
       mlp_dim=mlp_dim,
-      pool_stride=int(config.get("gen_pooling", "early_pool2d_4").rsplit("_", 1)[-1]),
+      pool_stride=_stride(config),
     )
+
+  @classmethod
+  def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> "EvaClipConfig":
+    """From the weights (spec 10.3); what they do not tell (head width, pooling) from `config`, or it is the release's.
+
+    Raises:
+      UserError: the width is no multiple of the head width.
+    """
+    rows, width = shapes["pos_embed"][-2:]
+    patch = shapes["patch_embed.proj.weight"][-1]
+    head_width = (config.get("vision_cfg") or {}).get("head_width", 112)
+    if width % head_width:
+      raise UserError(
+        f"EVA-CLIP is {width} wide, no multiple of {head_width}; say vision_cfg.head_width in config.json"
+      )
+    return cls(
+      image_size=patch * math.isqrt(rows - 1),
+      patch_size=patch,
+      width=width,
+      layers=1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")),
+      heads=width // head_width,
+      mlp_dim=shapes["blocks.0.mlp.fc1.weight"][0],
+      pool_stride=_stride(config),
+    )
+
+  def to_reference(self) -> dict[str, Any]:
+    """What `from_reference` reads."""
+    head_width, ratio = self.width // self.heads, self.mlp_dim / self.width
+    vision = {"image_size": self.image_size, "patch_size": self.patch_size, "width": self.width, "layers": self.layers}
+    return {
+      "vision_cfg": vision | {"head_width": head_width, "mlp_ratio": ratio},
+      "gen_pooling": f"early_pool2d_{self.pool_stride}",
+    }
+
+
+def _stride(config: Mapping[str, Any]) -> int:
+  """The number at the end of `gen_pooling`."""
+  return int(config.get("gen_pooling", "early_pool2d_4").rsplit("_", 1)[-1])
 
 
 class Block(nn.Module):

@@ -108,6 +108,23 @@ class NextDiTConfig:
       qk_norm=config.get("qk_norm", True),
     )
 
+  @classmethod
+  def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> "NextDiTConfig":
+    """From the weights alone (spec 10.2), which is all that the release has: patch size 1 and the two-axis table."""
+    layer = lambda name: shapes[f"model.layers.0.{name}"]
+    (heads,), (dim, _) = layer("gate"), layer("attn1.to_q.weight")
+    return cls(
+      in_channels=shapes["model.patch_embedder.proj.weight"][1],
+      grid=(8, 8),
+      dim=dim,
+      layers=1 + max(int(key.split(".")[2]) for key in shapes if key.startswith("model.layers.")),
+      heads=heads,
+      kv_heads=layer("attn1.to_k.weight")[0] * heads // dim,
+      ffn_dim=layer("feed_forward.linear_1.weight")[0],
+      condition_dim=shapes["model.caption_projection.linear_1.weight"][1],
+      qk_norm="model.layers.0.attn1.norm_q.weight" in shapes,
+    )
+
 
 def rope_phases(cfg: NextDiTConfig, height: int, width: int) -> jax.Array:
   """Phases of a grid of tokens, row-major: float32 [height * width, K / 2]. A picture is at time 0 (spec 2.5, 2.6)."""

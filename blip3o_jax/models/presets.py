@@ -168,6 +168,19 @@ def get(name: str, overrides: Mapping[str, Any] | None = None) -> Blip3oConfig:
   return _replace(PRESETS[name](), overrides or {}, "model")
 
 
+def difference(base: Any, config: Any) -> dict[str, Any]:
+  """The overrides that make `base` into `config`, a config of the same kind. How much is recomputed does not count."""
+  changes = {}
+  for field in dataclasses.fields(base):
+    old, new = getattr(base, field.name), getattr(config, field.name)
+    if field.name == "remat" or old == new:
+      continue
+    alike = dataclasses.is_dataclass(old) and type(old) is type(new)
+    if value := difference(old, new) if alike else {"": new}:
+      changes[field.name] = value if alike else new
+  return changes
+
+
 def _replace(config: Any, overrides: Mapping[str, Any], path: str) -> Any:
   fields = {f.name for f in dataclasses.fields(config)}
   changes = {}

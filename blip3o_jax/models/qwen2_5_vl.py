@@ -64,6 +64,27 @@ class VisionConfig:
     theta = (config.get("rope_parameters") or {}).get("rope_theta", cls.rope_theta)
     return cls(**fields, full_layers=full, rope_theta=float(theta))
 
+  def to_reference(self) -> dict[str, Any]:
+    """`vision_config` of a reference config.json."""
+    return {
+      "model_type": "qwen2_5_vl",
+      "out_hidden_size": self.out_dim,
+      "patch_size": self.patch_size,
+      "spatial_patch_size": self.patch_size,
+      "temporal_patch_size": self.temporal_patch_size,
+      "in_channels": self.in_channels,
+      "in_chans": self.in_channels,
+      "hidden_size": self.dim,
+      "depth": self.layers,
+      "num_heads": self.heads,
+      "intermediate_size": self.mlp_dim,
+      "hidden_act": "silu",
+      "spatial_merge_size": self.merge_size,
+      "window_size": self.window_size,
+      "fullatt_block_indexes": list(self.full_layers),
+      "tokens_per_second": 2,
+    }
+
 
 @dataclasses.dataclass(frozen=True)
 class Qwen25VLConfig:
@@ -89,6 +110,18 @@ class Qwen25VLConfig:
       vision_start=config.get("vision_start_token_id", cls.vision_start),
       vision_end=config.get("vision_end_token_id", cls.vision_end),
     )
+
+  def to_reference(self) -> dict[str, Any]:
+    """config.json of `Qwen2_5_VLForConditionalGeneration`, flat as on the hub."""
+    return self.text.to_reference() | {
+      "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+      "model_type": "qwen2_5_vl",
+      "vision_config": self.vision.to_reference(),
+      "image_token_id": self.image_token,
+      "video_token_id": self.video_token,
+      "vision_start_token_id": self.vision_start,
+      "vision_end_token_id": self.vision_end,
+    }
 
 
 class VisionBlock(nn.Module):

@@ -85,7 +85,7 @@ class TextDecoderConfig:
     norm = "qwen3" in kind
     if shapes:
       shapes = {key.replace("model.language_model.", "model.", 1): shape for key, shape in shapes.items()}
-      vocab, tied = shapes["model.embed_tokens.weight"][0], "lm_head.weight" not in shapes
+      vocab, tied = shapes["model.embed_tokens.weight"][0], tied or "lm_head.weight" not in shapes
       bias = "model.layers.0.self_attn.q_proj.bias" in shapes
       norm = "model.layers.0.self_attn.q_norm.weight" in shapes
     return cls(
@@ -104,6 +104,29 @@ class TextDecoderConfig:
       qk_norm=norm,
       rope_scaling=scaling,
     )
+
+  def to_reference(self) -> dict[str, Any]:
+    """config.json of transformers, flat, without the model's kind."""
+    scaling = {"mrope_section": list(self.rope_sections), "type": "mrope"} if self.rope_sections else None
+    if (s := self.rope_scaling) is not None:
+      scaling = {"rope_type": "llama3", "factor": s.factor, "original_max_position_embeddings": s.original_length}
+      scaling |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
+    return {
+      "vocab_size": self.vocab,
+      "hidden_size": self.dim,
+      "num_hidden_layers": self.layers,
+      "num_attention_heads": self.heads,
+      "num_key_value_heads": self.kv_heads,
+      "head_dim": self.head_size,
+      "intermediate_size": self.mlp_dim,
+      "hidden_act": "silu",
+      "rms_norm_eps": self.norm_eps,
+      "rope_theta": self.rope_theta,
+      "rope_scaling": scaling,
+      "max_position_embeddings": 128000,
+      "tie_word_embeddings": self.tie_embeddings,
+      "use_cache": True,
+    }
 
 
 @struct.dataclass

@@ -115,6 +115,38 @@ class UNetConfig:
       norm_eps=config["norm_eps"],
     )
 
+  def to_reference(self, sample_size: int) -> dict[str, Any]:
+    """config.json of diffusers' UNet2DConditionModel; `sample_size` is the side of the latents. diffusers warns of
+    `position_code`, which it does not have, where it is set."""
+    kinds = ["CrossAttn" if depth else "" for depth in self.depths]
+    content = {
+      "sample_size": sample_size,
+      "in_channels": self.in_channels,
+      "out_channels": self.out_channels,
+      "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+      "mid_block_type": "UNetMidBlock2DCrossAttn",
+      "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+      "block_out_channels": list(self.block_out_channels),
+      "layers_per_block": self.layers_per_block,
+      # A level without attention has no depth; diffusers wants a number there all the same.
+      "transformer_layers_per_block": [max(depth, 1) for depth in self.depths],
+      "attention_head_dim": list(self.heads),  # the number of heads, an old misnomer
+      "use_linear_projection": True,
+      "cross_attention_dim": self.context_dim,
+      "norm_num_groups": self.norm_groups,
+      "norm_eps": self.norm_eps,
+      "act_fn": "silu",
+      "flip_sin_to_cos": True,
+      "freq_shift": 0,
+    }
+    if self.time_id_size:
+      content |= {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": self.time_id_size,
+        "projection_class_embeddings_input_dim": self.context_dim + 6 * self.time_id_size,
+      }
+    return content | ({"position_code": True} if self.position_code else {})
+
 
 class Attention(nn.Module):
   """Multi-head attention from x [B, L, D] to source [B, S, E], no bias except on the output: -> [B, L, D].

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,10 +18,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from blip3o_jax.errors import UserError
+from blip3o_jax.porting.safetensors_io import Spec, spec, tell
 from blip3o_jax.types import Params
 
 _HOLE = re.compile(r"\{(\w+|\*)\}")
-_SHOWN = 40  # problems printed in one error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +137,6 @@ def _fill(template: str, numbers: Mapping[str, int]) -> str:
   return _HOLE.sub(lambda hole: str(numbers[hole[1]]), template)
 
 
-def _shape(reader: Mapping, key: str) -> tuple[int, ...]:
-  return tuple(reader.shape(key) if hasattr(reader, "shape") else reader[key].shape)
-
-
 def flatten(params: Params) -> dict[str, Any]:
   """Nested dict -> {"a/b/c": leaf}, in the order of the tree."""
   flat = {}
@@ -167,35 +163,104 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 # ---- reference -> ours ----
 
 
-@dataclasses.dataclass(frozen=True)
-class _Piece:
-  """Where one slice of a leaf comes from: keys (None = zeros) to concatenate, then piece `part` of `parts`."""
+class Canonical(Mapping[str, np.ndarray]):
+  """Reference weights under the names that a table writes: other spellings resolved, split arrays joined, what the
+  table leaves out left out. Arrays are read when asked for.
 
-  keys: tuple[str | None, ...]
-  rule: Rule
-  part: int
+  Attributes:
+    problems: keys that no rule, or more than one, knows; keys that are there in two spellings, or in half of one.
+    dropped: keys that the table knowingly leaves out.
+  """
 
-  @property
-  def names(self) -> str:
-    return " + ".join(key for key in self.keys if key is not None)
+  def __init__(self, rules: Sequence[Rule], reader: Mapping[str, Any]):
+    self._reader = reader
+    self._keys: dict[str, tuple[str | None, ...]] = {}  # None: zeros as large as the first
+    self._rules: dict[str, Rule] = {}
+    self.problems: list[str] = []
+    self.dropped: list[str] = []
+    for key in reader:
+      matches = list(_matches(rules, key))
+      if len(matches) != 1:
+        known = f"{len(matches)} rules match: {', '.join(rule.source for rule, *_ in matches)}"
+        self.problems.append(f"{key}: expected {f'one rule, {known}' if matches else 'no such key'}")
+        continue
+      rule, spelling, numbers = matches[0]
+      if rule.target is None:
+        self.dropped.append(key)
+        continue
+      keys = tuple(k and _fill(k, numbers) for k in (spelling if isinstance(spelling, tuple) else (spelling,)))
+      if absent := [k for k in keys if k is not None and k not in reader]:
+        self.problems.append(f"{key}: expected beside it {', '.join(absent)}, found nothing")
+        continue
+      name = _fill(rule.source, numbers)
+      if self._keys.setdefault(name, keys) != keys:
+        self.problems.append(f"{key}: expected once, but {self.spelled(name)} is there as well")
+      self._rules[name] = rule
 
-  def read(self, reader: Mapping) -> np.ndarray:
-    arrays = [None if key is None else np.asarray(reader[key]) for key in self.keys]
+  def __getitem__(self, name: str) -> np.ndarray:
+    keys = self._keys[name]
+    arrays = [None if key is None else np.asarray(self._reader[key]) for key in keys]
     arrays = [np.zeros_like(arrays[0]) if a is None else a for a in arrays]
-    x = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    parts = len(self.rule.targets)
-    size = x.shape[0] // parts if parts > 1 else None
-    return to_ours_array(self.rule.transform, x if parts == 1 else x[self.part * size : (self.part + 1) * size])
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
-  def shape(self, reader: Mapping) -> tuple[int, ...]:
-    shapes = [_shape(reader, self.keys[0] if key is None else key) for key in self.keys]
-    return (sum(s[0] for s in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._keys)
+
+  def __contains__(self, key: object) -> bool:
+    return key in self._keys
+
+  def __len__(self) -> int:
+    return len(self._keys)
+
+  def spec(self, name: str) -> Spec:
+    """Shape and dtype, without reading."""
+    keys = self._keys[name]
+    first = spec(self._reader, keys[0])
+    rows = sum(spec(self._reader, key or keys[0]).shape[0] for key in keys) if len(keys) > 1 else None
+    return first if rows is None else Spec((rows, *first.shape[1:]), first.dtype)
+
+  def spelled(self, name: str) -> str:
+    """The key or keys of the checkpoint behind a name."""
+    return " + ".join(key for key in self._keys[name] if key is not None)
+
+  def optional(self, name: str) -> bool:
+    """Whether a model without this parameter may pass the key over."""
+    return self._rules[name].optional
+
+  def leave_out(self, wanted: Iterable[str]) -> None:
+    """Keep only the names in `wanted`."""
+    self._keys = {name: self._keys[name] for name in wanted if name in self._keys}
 
 
-def _reference_shape(rule: Rule, layer_shape: Sequence[int]) -> tuple[int, ...]:
-  """Shape that the reference's array must have to become `layer_shape` (no memory is touched: a zero-stride view)."""
-  shape = to_reference_array(rule.transform, np.broadcast_to(np.zeros((), np.int8), layer_shape)).shape
-  return (shape[0] * len(rule.targets), *shape[1:]) if len(rule.targets) > 1 else shape
+def fit(rules: Sequence[Rule], reader: Mapping[str, Any], abstract: Params) -> tuple[Canonical, list[str]]:
+  """Reference weights and everything that keeps them from filling the tree `abstract`; reads no array.
+
+  Keys that a model without that parameter may pass over are left out of the result.
+  """
+  found = Canonical(rules, reader)
+  try:
+    wanted = reference_specs(rules, abstract)
+  except UserError as error:
+    return found, [*found.problems, str(error)]
+  problems = []
+  for name in found:
+    if name not in wanted:
+      if found.optional(name):
+        found.dropped.append(found.spelled(name))
+      else:
+        problems.append(f"{found.spelled(name)}: expected no such key (this model has no parameter for it)")
+      continue
+    have, want = found.spec(name), wanted[name]
+    if have.shape != want.shape:
+      problems.append(f"{found.spelled(name)}: expected {list(want.shape)}, found {list(have.shape)}")
+    elif jnp.issubdtype(want.dtype, jnp.floating) != jnp.issubdtype(have.dtype, jnp.floating):
+      kind = "floating-point numbers" if jnp.issubdtype(want.dtype, jnp.floating) else want.dtype.name
+      problems.append(f"{found.spelled(name)}: expected {kind}, found {have.dtype.name}")
+  problems += [
+    f"{name}: expected {list(want.shape)}, found nothing" for name, want in wanted.items() if name not in found
+  ]
+  found.leave_out(wanted)
+  return found, found.problems + problems
 
 
 def to_ours(
@@ -205,11 +270,12 @@ def to_ours(
   *,
   place: Callable[[str, np.ndarray], Any] | None = None,
 ) -> dict[str, Any]:
-  """Fill our parameter tree from reference weights, leaf by leaf: peak host memory is the result plus one leaf.
+  """Fill our parameter tree from reference weights, leaf by leaf (those of a fused matrix together), each array read
+  once: peak host memory is the result plus that.
 
   Args:
     rules: the component's table.
-    reader: {reference key: array}, a dict or a `safetensors_io.Reader` (whose `.shape(key)` reads no data).
+    reader: {reference key: array}, a dict or a `safetensors_io.Reader`.
     abstract: nested dict of `jax.ShapeDtypeStruct` (or arrays); values are cast to its dtypes.
     place: called with (path, array) as each leaf is complete; its result is stored instead, e.g. a `jax.device_put`
       that lets the host copy go.
@@ -220,45 +286,28 @@ def to_ours(
   Raises:
     UserError: unknown or ambiguous keys, unfilled parameters, misfitting shapes: all of them in one message.
   """
-  leaves, problems = flatten(abstract), []
-  pieces: dict[str, dict[tuple[int, ...], _Piece]] = {path: {} for path in leaves}
-  for key in reader:
-    matches = list(_matches(rules, key))
-    if len(matches) != 1:
-      known = f"{len(matches)} rules match: {', '.join(rule.source for rule, *_ in matches)}"
-      problems.append(f"{key}: expected no such key" if not matches else f"{key}: expected one rule, {known}")
-      continue
-    rule, spelling, numbers = matches[0]
-    if rule.target is None:
-      continue
-    keys = spelling if isinstance(spelling, tuple) else (spelling,)
-    keys = tuple(k and _fill(k, numbers) for k in keys)
-    if absent := [k for k in keys if k is not None and k not in reader]:
-      problems.append(f"{key}: expected beside it {', '.join(absent)}, found nothing")
-      continue
-    for part, target in enumerate(rule.targets):
-      path = _fill(target, numbers)
-      if path not in leaves:
-        if not rule.optional:
-          problems.append(f"{key}: expected no such key (this model has no parameter {path})")
-        continue
-      index = tuple(numbers[hole] for hole in rule.stacked)
-      piece = _Piece(keys, rule, part)
-      if pieces[path].setdefault(index, piece) != piece:
-        problems.append(f"{key}: expected once, but {pieces[path][index].names} is there as well")
+  found, problems = fit(rules, reader, abstract)
+  tell(problems, "weights that do not fit the model")
+  leaves, done = flatten(abstract), {}
+  for paths, outputs in itertools.groupby(_outputs(rules, leaves), key=lambda out: out.paths):
+    arrays = [np.empty(leaves[path].shape, leaves[path].dtype) for path in paths]
+    for out in outputs:
+      whole = found[out.key]
+      for array, part in zip(arrays, np.split(whole, len(paths)) if len(paths) > 1 else [whole], strict=True):
+        array[out.index] = to_ours_array(out.rule.transform, part)
+    for path in paths:
+      done[path] = arrays.pop(0) if place is None else place(path, arrays.pop(0))
+  return unflatten({path: done[path] for path in leaves})
 
-  for path, leaf in leaves.items():
-    problems += _check(path, leaf, pieces[path], rules, reader)
-  if problems:
-    _raise(problems, "weights that do not fit the model")
 
-  done = {}
-  for path, leaf in leaves.items():
-    array = np.empty(leaf.shape, leaf.dtype)
-    for index, piece in pieces[path].items():
-      array[index] = piece.read(reader)
-    done[path] = array if place is None else place(path, array)
-  return unflatten(done)
+def stored_dtypes(rules: Sequence[Rule], reader: Mapping[str, Any], abstract: Params) -> dict[str, Any]:
+  """`abstract` with the dtype in which each leaf is stored: the widest, where its layers differ."""
+  found, leaves, dtypes = fit(rules, reader, abstract)[0], flatten(abstract), {}
+  for out in _outputs(rules, leaves):
+    for path in out.paths if out.key in found else ():
+      dtypes[path] = jnp.promote_types(dtypes.get(path, found.spec(out.key).dtype), found.spec(out.key).dtype)
+  give = lambda path, x: jax.ShapeDtypeStruct(x.shape, dtypes.get(path, x.dtype), sharding=getattr(x, "sharding", None))
+  return unflatten({path: give(path, leaf) for path, leaf in leaves.items()})
 
 
 def _matches(rules: Sequence[Rule], key: str) -> Iterator[tuple[Rule, str | tuple, dict[str, int]]]:
@@ -271,38 +320,10 @@ def _matches(rules: Sequence[Rule], key: str) -> Iterator[tuple[Rule, str | tupl
         break
 
 
-def _check(path: str, leaf: Any, pieces: dict, rules: Sequence[Rule], reader: Mapping) -> Iterator[str]:
-  """Problems of one leaf: absent keys, layers beyond its depth, wrong shapes."""
-  writers = _writers(rules, path)
-  if len(writers) != 1:
-    yield f"parameter {path}: expected one rule that fills it, found {len(writers)}"
-    return
-  rule, numbers = writers[0]
-  depth = len(rule.stacked)
-  if depth > len(leaf.shape):
-    yield f"parameter {path}: expected {depth} stacked axes ({rule.source}), found shape {tuple(leaf.shape)}"
-    return
-  wanted = set(itertools.product(*(range(n) for n in leaf.shape[:depth])))
-  named = lambda index: _fill(rule.source, numbers | dict(zip(rule.stacked, index, strict=True)))
-  try:
-    shape = _reference_shape(rule, leaf.shape[depth:])
-  except ValueError as error:
-    yield f"parameter {path}: expected a shape that fits {rule.source}, found {tuple(leaf.shape)} ({error})"
-    return
-  for index in sorted(wanted - set(pieces)):
-    yield f"{named(index)}: expected {list(shape)}, found nothing"
-  for index in sorted(set(pieces) - wanted):
-    yield f"{named(index)}: expected at most {list(leaf.shape[:depth])} layers, found this key"
-  for index in sorted(set(pieces) & wanted):
-    found = pieces[index].shape(reader)
-    if found != shape:
-      yield f"{pieces[index].names}: expected {list(shape)}, found {list(found)}"
-
-
-def _raise(problems: Sequence[str], head: str) -> None:
-  problems = list(dict.fromkeys(problems))
-  more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-  raise UserError("\n  ".join([f"{len(problems)} {head}:", *problems[:_SHOWN], *more]))
+def _reference_shape(rule: Rule, layer_shape: Sequence[int]) -> tuple[int, ...]:
+  """Shape that the reference's array must have to become `layer_shape` (no memory is touched: a zero-stride view)."""
+  shape = to_reference_array(rule.transform, np.broadcast_to(np.zeros((), np.int8), layer_shape)).shape
+  return (shape[0] * len(rule.targets), *shape[1:]) if len(rule.targets) > 1 else shape
 
 
 # ---- ours -> reference ----
@@ -326,6 +347,9 @@ def _outputs(rules: Sequence[Rule], leaves: Mapping[str, Any]) -> list[_Output]:
       problems.append(f"parameter {path}: expected one rule that writes it, found {len(writers)}")
       continue
     rule, numbers = writers[0]
+    if len(rule.stacked) > len(leaf.shape):
+      problems.append(f"parameter {path}: expected {len(rule.stacked)} stacked axes, found shape {list(leaf.shape)}")
+      continue
     paths = tuple(_fill(target, numbers) for target in rule.targets)
     if absent := [p for p in paths if p not in leaves]:
       problems.append(f"parameter {path}: expected beside it {', '.join(absent)}, found nothing")
@@ -334,8 +358,7 @@ def _outputs(rules: Sequence[Rule], leaves: Mapping[str, Any]) -> list[_Output]:
     for index in itertools.product(*(range(n) for n in leaf.shape[: len(rule.stacked)])):
       key = _fill(rule.source, numbers | dict(zip(rule.stacked, index, strict=True)))
       outputs.append(_Output(key, rule, paths, index))
-  if problems:
-    _raise(problems, "parameters that cannot be written")
+  tell(problems, "parameters that no table can hold")
   return outputs
 
 
@@ -343,22 +366,29 @@ def _writers(rules: Sequence[Rule], path: str) -> list[tuple[Rule, dict[str, int
   return [(r, n) for r in rules for t in r.targets if (n := _match(t, path)) is not None]
 
 
-def reference_specs(rules: Sequence[Rule], abstract: Params, dtype: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
-  """{reference key: shape and dtype} of a parameter tree, in the order of `to_reference`; no data is touched.
+def reference_specs(rules: Sequence[Rule], abstract: Params, dtype: Any = None) -> dict[str, Spec]:
+  """{reference key: shape and dtype} of a parameter tree, sorted by key; no data is touched.
 
   Raises:
     UserError: as `to_reference`.
   """
-  leaves, specs = flatten(abstract), {}
-  for out in _outputs(rules, leaves):
+  leaves, specs, problems = flatten(abstract), {}, []
+  for out in _by_key(_outputs(rules, leaves)):
     leaf = leaves[out.paths[0]]
-    shape = _reference_shape(out.rule, leaf.shape[len(out.index) :])
-    specs[out.key] = jax.ShapeDtypeStruct(shape, _stored(leaf.dtype, dtype))
+    try:
+      shape = _reference_shape(out.rule, leaf.shape[len(out.index) :])
+    except ValueError as error:
+      problems.append(
+        f"parameter {out.paths[0]}: expected a shape that fits {out.key}, found {list(leaf.shape)} ({error})"
+      )
+      continue
+    specs[out.key] = Spec(shape, stored_dtype(leaf.dtype, dtype))
+  tell(problems, "parameters that no table can hold")
   return specs
 
 
 def to_reference(rules: Sequence[Rule], params: Params, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
-  """Our parameters in the reference's key names and layouts, one at a time: (key, contiguous array).
+  """Our parameters in the reference's key names and layouts, sorted by key: (key, contiguous array).
 
   One key's array is on the host at a time. Arrays sharded over several processes are gathered, so then every process
   must run through the iterator.
@@ -370,33 +400,54 @@ def to_reference(rules: Sequence[Rule], params: Params, dtype: Any = None) -> It
     UserError: parameters that no rule, or more than one, writes; raised before anything is given out.
   """
   leaves = flatten(params)
-  return _stream(leaves, _outputs(rules, leaves), dtype)
+  return _stream(leaves, _by_key(_outputs(rules, leaves)), dtype)
 
 
-def content_hash(rules: Sequence[Rule], params: Params, dtype: Any = None) -> str:
+class ContentHash:
   """The identity of a component's weights, whatever file or layout they lie in.
 
   sha256 over the reference's keys in sorted order: name, dtype name and comma-separated shape of each, closed by a zero
   byte, then its C-order little-endian bytes.
   """
-  leaves = flatten(params)
-  outputs = sorted(_outputs(rules, leaves), key=lambda out: out.key)
-  digest = hashlib.sha256()
-  for key, array in _stream(leaves, outputs, dtype):
-    digest.update(f"{key}\0{array.dtype.name}\0{','.join(map(str, array.shape))}\0".encode())
-    digest.update(array.reshape(-1).view(np.uint8).data)
+
+  def __init__(self):
+    self._digest = hashlib.sha256()
+
+  def update(self, key: str, array: np.ndarray) -> None:
+    """The next array, in sorted order of keys."""
+    self._digest.update(f"{key}\0{array.dtype.name}\0{','.join(map(str, array.shape))}\0".encode())
+    self._digest.update(array.reshape(-1).view(np.uint8).data)
+
+  def hexdigest(self) -> str:
+    return self._digest.hexdigest()
+
+
+def content_hash(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
+  """See ContentHash; `arrays` as `to_reference` gives them."""
+  digest = ContentHash()
+  for key, array in arrays:
+    digest.update(key, array)
   return digest.hexdigest()
 
 
-def _stored(dtype: Any, wanted: Any) -> np.dtype:
+def cast(array: np.ndarray, dtype: Any) -> np.ndarray:
+  """The array, contiguous, floating-point numbers as `dtype` (their own if None)."""
+  return np.ascontiguousarray(array, stored_dtype(array.dtype, dtype)).reshape(array.shape)
+
+
+def stored_dtype(dtype: Any, wanted: Any) -> np.dtype:
+  """What an array of `dtype` is stored as where floating-point numbers are to be `wanted` (their own if None)."""
   return np.dtype(wanted) if wanted is not None and jnp.issubdtype(dtype, jnp.floating) else np.dtype(dtype)
+
+
+def _by_key(outputs: Iterable[_Output]) -> list[_Output]:
+  return sorted(outputs, key=lambda out: out.key)
 
 
 def _stream(leaves: Mapping[str, Any], outputs: Sequence[_Output], dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
   for out in outputs:
     parts = [to_reference_array(out.rule.transform, _on_host(leaves[path][out.index])) for path in out.paths]
-    array = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    yield out.key, np.ascontiguousarray(array, _stored(array.dtype, dtype)).reshape(array.shape)
+    yield out.key, cast(parts[0] if len(parts) == 1 else np.concatenate(parts), dtype)
 
 
 def _on_host(x: Any) -> np.ndarray:

@@ -6,34 +6,34 @@ tokenizer/             as transformers reads it
 preprocessor.json      as ImageProcessor.from_reference reads it
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
-import importlib.resources
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
-from blip3o_jax.models.blip3o import CLIP_MEAN, CLIP_STD, Blip3o, Blip3oConfig
 from blip3o_jax.porting import convert, rules, safetensors_io
+from blip3o_jax.porting.safetensors_io import Spec
+from blip3o_jax.porting.source import TOKENIZER_FILES, OrbaxWeights, Source, default_preprocessor
 from blip3o_jax.sharding.distributed import barrier
 from blip3o_jax.types import Params
 
 FORMAT_VERSION = 1
 FORMATS = ("safetensors", "orbax")
-BUNDLED = ("micro",)
-_MANIFEST, _WEIGHTS, _TOKENIZER, _PREPROCESSOR = "model.json", "weights", "tokenizer", "preprocessor.json"
+MANIFEST = "model.json"
+_WEIGHTS, _TOKENIZER, _PREPROCESSOR = "weights", "tokenizer", "preprocessor.json"
 _SAFETENSORS = "model.safetensors"
 
 
@@ -42,7 +42,7 @@ class Manifest:
   """model.json.
 
   Attributes:
-    components: {name: {"format", "hash" (sha256, see convert.content_hash), "dtype", "parameters"}}.
+    components: {name: {"format", "hash" (sha256, see convert.ContentHash), "dtype", "parameters"}}.
     sampling: defaults for drawing (steps, guidance, ...); what is absent has the sampler's own default.
     provenance: one dict a training stage, oldest first: command, machine, seed, time, scores.
   """
@@ -54,40 +54,13 @@ class Manifest:
   provenance: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   format_version: int = FORMAT_VERSION
 
-  def config(self) -> Blip3oConfig:
-    """The architecture, overrides applied."""
-    return presets.get(self.preset, self.overrides)
-
 
 # ---- reading ----
 
 
-def resolve(name_or_path: os.PathLike | str) -> epath.Path:
-  """The model directory behind a bundled name ("micro"), a local path or a gs:// path.
-
-  Raises:
-    UserError: it is none.
-  """
-  bundled = os.fspath(name_or_path) in BUNDLED
-  assets = importlib.resources.files("blip3o_jax") / "assets"
-  path = epath.Path(os.fspath(assets / os.fspath(name_or_path))) if bundled else epath.Path(name_or_path).expanduser()
-  if (path / _MANIFEST).exists():
-    return path
-  if bundled:
-    raise UserError(f"the bundled model {name_or_path!r} is missing from this installation; install the package again")
-  if not path.exists():
-    names = ", ".join(BUNDLED)
-    raise UserError(f"{name_or_path}: no such model; give a directory with {_MANIFEST}, or a bundled name ({names})")
-  raise UserError(f"{name_or_path}: not a model directory (no {_MANIFEST}); `blip3o convert` makes one of a release")
-
-
 def read_manifest(directory: os.PathLike | str) -> Manifest:
-  """What `model.json` of a model directory (or of a bundled name) says.
-
-  Raises:
-    UserError: not a model directory, or its model.json cannot be read.
-  """
-  path = resolve(directory) / _MANIFEST
+  """What `model.json` of a model directory says. Raises UserError if it is not there or cannot be read."""
+  path = epath.Path(directory) / MANIFEST
   try:
     content = json.loads(path.read_text())
     version = content["format_version"]
@@ -95,130 +68,39 @@ def read_manifest(directory: os.PathLike | str) -> Manifest:
       raise UserError(f"{path}: format version {version}, this program reads up to {FORMAT_VERSION}; update blip3o_jax")
     known = {field.name for field in dataclasses.fields(Manifest)}
     return Manifest(**{name: value for name, value in content.items() if name in known})
+  except FileNotFoundError as error:
+    raise UserError(f"{directory}: not a model directory (no {MANIFEST})") from error
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); copy the model again") from error
 
 
-def components(directory: os.PathLike | str) -> tuple[str, ...]:
-  """Names of the components that a model directory holds."""
-  return tuple(read_manifest(directory).components)
-
-
-def content_hash(directory: os.PathLike | str, component: str) -> str:
-  """The hash of a component as its model directory states it."""
-  return _entry(read_manifest(directory), directory, component)["hash"]
-
-
-def tokenizer_path(directory: os.PathLike | str) -> epath.Path:
-  """The tokenizer of a model directory. Raises UserError if it has none."""
-  path = resolve(directory) / _TOKENIZER
-  if not path.is_dir():
-    raise UserError(f"{directory}: no {_TOKENIZER}/ in this model directory; copy one in")
-  return path
-
-
-def read_preprocessor(directory: os.PathLike | str) -> dict[str, Any]:
-  """preprocessor.json of a model directory, in the keys of the reference's preprocessor_config.json."""
-  path = resolve(directory) / _PREPROCESSOR
+def open_directory(directory: os.PathLike | str, name: str = "") -> Source:
+  """The model in a model directory; `name` is what messages call it. Raises UserError if it is damaged."""
+  root, manifest = epath.Path(directory), read_manifest(directory)
+  weights = {}
+  for component, entry in manifest.components.items():
+    where, orbax = root / _WEIGHTS / component, entry.get("format") == "orbax"
+    weights[component] = OrbaxWeights(where) if orbax else safetensors_io.open_weights(where / _SAFETENSORS)
+  preprocessor = root / _PREPROCESSOR
   try:
-    return json.loads(path.read_text()) if path.exists() else default_preprocessor(read_manifest(directory).config())
+    content = json.loads(preprocessor.read_text()) if preprocessor.exists() else None
   except ValueError as error:
-    raise UserError(f"{path}: not JSON ({error}); copy the model again") from error
-
-
-def abstract_params(config: Blip3oConfig, names: Sequence[str], dtype: Any = None) -> dict[str, Any]:
-  """{component: nested dict of ShapeDtypeStruct}, in float32 or `dtype`."""
-  shapes = jax.eval_shape(lambda: nn.unbox(Blip3o(config).init_components(jax.random.key(0), tuple(names))))
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), shapes)
-
-
-def read_components(
-  directory: os.PathLike | str,
-  names: Sequence[str],
-  abstract: Mapping[str, Params] | None = None,
-  *,
-  dtype: Any = None,
-  shardings: Any = None,
-) -> dict[str, Any]:
-  """Weights of some components, one leaf on the host at a time.
-
-  Args:
-    directory: a model directory or bundled name.
-    names: components to read.
-    abstract: {component: tree of ShapeDtypeStruct}: dtype and, if set, sharding of each leaf. None: the shapes of the
-      directory's own config, float32, default device.
-    dtype: overrules the dtype of every leaf.
-    shardings: {component: tree of Sharding}, overrules those of `abstract`.
-
-  Returns:
-    {component: tree of jax.Array}.
-
-  Raises:
-    UserError: a component is not there, is damaged, or does not fit `abstract`.
-  """
-  root, manifest = resolve(directory), read_manifest(directory)
-  entries = {name: _entry(manifest, directory, name) for name in names}
-  abstract = abstract_params(manifest.config(), names) if abstract is None else abstract
-  params = {}
-  for name in names:
-    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=x.sharding), abstract[name])
-    if shardings is not None:
-      put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-      tree = jax.tree.map(put, tree, shardings[name])
-    where = root / _WEIGHTS / name
-    if entries[name]["format"] == "orbax":
-      params[name] = _read_orbax(where, tree)
-    else:
-      params[name] = read_reference(name, safetensors_io.open_weights(where / _SAFETENSORS), tree)
-  return params
-
-
-def read_reference(component: str, reader: Mapping[str, Any], abstract: Params) -> dict[str, Any]:
-  """One component from reference weights, each leaf put where `abstract` says. Raises UserError if it does not fit."""
-  leaves = convert.flatten(abstract)
-
-  def place(path: str, array: np.ndarray) -> jax.Array:
-    sharding = leaves[path].sharding
-    if sharding is None:
-      return jnp.asarray(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-  return convert.to_ours(rules.get(component), reader, abstract, place=place)
-
-
-def _read_orbax(where: epath.Path, abstract: Params) -> dict[str, Any]:
-  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or default), abstract)
-  try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      return checkpointer.restore(where, abstract)
-  except (ValueError, KeyError, OSError) as error:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    raise UserError(f"{where}: damaged, or of another model ({first[:100]})") from error
-
-
-def _entry(manifest: Manifest, directory: Any, name: str) -> dict[str, Any]:
-  if name not in manifest.components:
-    raise UserError(f"{directory} has no component {name!r}; it has {', '.join(manifest.components) or 'none'}")
-  return manifest.components[name]
+    raise UserError(f"{preprocessor}: not JSON ({error}); copy the model again") from error
+  return Source(
+    name=name or os.fspath(directory),
+    path=root,
+    preset=manifest.preset,
+    overrides=manifest.overrides,
+    weights=weights,
+    hashes={component: entry["hash"] for component, entry in manifest.components.items()},
+    tokenizer=root / _TOKENIZER if (root / _TOKENIZER).is_dir() else None,
+    preprocessor=content,
+    sampling=manifest.sampling,
+    provenance=manifest.provenance,
+  )
 
 
 # ---- writing ----
-
-
-def default_preprocessor(config: Blip3oConfig) -> dict[str, Any]:
-  """What the understanding tower of `config` wants, with the limits of Qwen2.5-VL in merged patches (spec 4.5)."""
-  vision = config.backbone.vision
-  block = (vision.patch_size * vision.merge_size) ** 2
-  return {
-    "image_mean": list(CLIP_MEAN),
-    "image_std": list(CLIP_STD),
-    "patch_size": vision.patch_size,
-    "merge_size": vision.merge_size,
-    "temporal_patch_size": vision.temporal_patch_size,
-    "min_pixels": 4 * block,
-    "max_pixels": 16384 * block,
-  }
 
 
 def write(
@@ -229,7 +111,8 @@ def write(
   params: Mapping[str, Params],
   format: str = "safetensors",
   dtype: Any = None,
-  carry_from: os.PathLike | str | None = None,
+  carry_from: Source | None = None,
+  rewrite: bool = False,
   tokenizer_dir: os.PathLike | str | None = None,
   preprocessor: Mapping[str, Any] | None = None,
   sampling: Mapping[str, Any] | None = None,
@@ -241,8 +124,9 @@ def write(
     params: {component: tree of arrays}.
     format: "safetensors" (reference key names) or "orbax", for the components in `params`.
     dtype: what floating-point parameters are stored as; their own if None.
-    carry_from: a model directory whose other components (hard-linked where possible), tokenizer, preprocessor, sampling
-      defaults and provenance are taken over where not given here.
+    carry_from: a model whose other components (as they are; hard-linked where possible), tokenizer, preprocessor,
+      sampling defaults and provenance are taken over where not given here.
+    rewrite: write the carried components in `format` and `dtype` too.
     sampling: added to the carried defaults. provenance: of this stage, appended to the carried ones.
 
   Returns:
@@ -251,72 +135,56 @@ def write(
   Raises:
     UserError: unknown format or component, something else lies at `directory`, no space.
   """
-  target = epath.Path(directory)
   if format not in FORMATS:
     raise UserError(f"weight format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
-  presets.get(preset, overrides)  # raises on a config that could not be read back
-  if target.exists() and not (target / _MANIFEST).exists() and any(target.iterdir()):
-    raise UserError(f"{target}: not empty and not a model directory; choose another place")
-  main = jax.process_index() == 0
-  old = source = None
-  if carry_from:
-    source, old = resolve(carry_from), read_manifest(carry_from)
-
-  temporary = target.parent / f".{target.name}.tmp"  # the same on every process
-  with _writing(target, temporary, main):
-    if main:
-      temporary.rmtree(missing_ok=True)
-      (temporary / _WEIGHTS).mkdir(parents=True)
-    barrier(f"{target}: start")
-    entries = {name: _write_component(temporary, name, tree, format, dtype) for name, tree in params.items()}
+  config = presets.get(preset, overrides)  # raises on a config that could not be read back
+  old, main = carry_from, jax.process_index() == 0
+  with replacing(directory, MANIFEST) as temporary:
+    entries = {name: _write_params(temporary, name, tree, format, dtype) for name, tree in params.items()}
     if main:
       for name in old.components if old else ():
         if name not in entries:
-          _take_tree(source / _WEIGHTS / name, temporary / _WEIGHTS / name, link=True)
-          entries[name] = old.components[name]
-      tokenizer = tokenizer_dir or (source / _TOKENIZER if source else None)
-      if tokenizer is not None and epath.Path(tokenizer).is_dir():
-        _take_tree(epath.Path(tokenizer), temporary / _TOKENIZER)
-      elif tokenizer_dir is not None:
-        raise UserError(f"{tokenizer_dir}: no such tokenizer directory")
+          entries[name] = _carry(temporary, name, old, format, dtype, rewrite)
+      tokenizer = tokenizer_dir or (old.tokenizer_dir() if old and old.tokenizer else None)
+      if tokenizer is not None:
+        take_tokenizer(tokenizer, temporary / _TOKENIZER)
       if preprocessor is None:
-        preprocessor = read_preprocessor(carry_from) if old else default_preprocessor(presets.get(preset, overrides))
+        preprocessor = old.image_preprocessor() if old else default_preprocessor(config)
       (temporary / _PREPROCESSOR).write_text(json.dumps(dict(preprocessor), indent=2) + "\n")
-      manifest = Manifest(
-        preset=preset,
-        overrides=_plain(overrides or {}),
-        components=entries,
-        sampling=(old.sampling if old else {}) | _plain(sampling or {}),
-        provenance=(old.provenance if old else []) + ([_plain(provenance)] if provenance else []),
+      _write_manifest(
+        temporary,
+        Manifest(
+          preset=preset,
+          overrides=plain(overrides or {}),
+          components=entries,
+          sampling=(old.sampling if old else {}) | plain(sampling or {}),
+          provenance=(old.provenance if old else []) + ([plain(provenance)] if provenance else []),
+        ),
       )
-      _write_manifest(temporary, manifest)
-      _swap(temporary, target)
-    barrier(f"{target}: done")
-  return target
+  return epath.Path(directory)
 
 
-def convert_dir(
-  source: os.PathLike | str, directory: os.PathLike | str, *, format: str = "safetensors", dtype: Any = None
+def convert_model(
+  source: Source, directory: os.PathLike | str, *, format: str = "safetensors", dtype: Any = None
 ) -> epath.Path:
-  """Write a model directory again, all its components in one format and, if given, one dtype.
+  """Write a model as a model directory, all its components in one format and, if given, one dtype.
 
-  Without `dtype` every component keeps its numbers, and so its content hash.
+  Without `dtype` every component keeps its numbers, and so its content hash. To safetensors one array is on the host at
+  a time; to Orbax one component.
 
   Raises:
-    UserError: as `write`.
+    UserError: as `write`; whatever does not fit in any component, before anything is written.
   """
-  manifest, params = read_manifest(source), {}
-  for name, entry in manifest.components.items():
-    kept = None if "+" in entry["dtype"] else jnp.dtype(entry["dtype"])  # several: float32 holds them all
-    params |= read_components(source, (name,), dtype=kept)
+  source.check()
   return write(
     directory,
-    preset=manifest.preset,
-    overrides=manifest.overrides,
-    params=params,
+    preset=source.preset,
+    overrides=source.overrides,
+    params={},
     format=format,
-    dtype=None if dtype is None else jnp.dtype(dtype),
+    dtype=dtype,
     carry_from=source,
+    rewrite=True,
   )
 
 
@@ -327,76 +195,153 @@ def annotate(
   provenance: Mapping[str, Any] | None = None,
 ) -> None:
   """Add sampling defaults, or facts (scores) to the newest provenance entry, of an existing model directory."""
-  manifest, path = read_manifest(directory), resolve(directory)
+  manifest = read_manifest(directory)
   *earlier, last = manifest.provenance or [{}]
-  entries = [*earlier, last | _plain(provenance)] if provenance else manifest.provenance
-  sampling = manifest.sampling | _plain(sampling or {})
-  _write_manifest(path, dataclasses.replace(manifest, sampling=sampling, provenance=entries))
+  entries = [*earlier, last | plain(provenance)] if provenance else manifest.provenance
+  sampling = manifest.sampling | plain(sampling or {})
+  _write_manifest(epath.Path(directory), dataclasses.replace(manifest, sampling=sampling, provenance=entries))
 
 
-def _write_component(root: epath.Path, name: str, tree: Params, format: str, dtype: Any) -> dict[str, Any]:
-  """Write one component; the manifest's entry about it."""
-  table, where = rules.get(name), root / _WEIGHTS / name
-  specs = convert.reference_specs(table, tree, dtype)
-  main = jax.process_index() == 0
-  if format == "orbax":
+def _write_params(root: epath.Path, name: str, tree: Params, format: str, dtype: Any) -> dict[str, Any]:
+  """Write one component from a tree of arrays; the manifest's entry about it."""
+  table = rules.get(name)
+  specs, arrays = convert.reference_specs(table, tree, dtype), convert.to_reference(table, tree, dtype)
+  if format == "safetensors":
+    return _write_arrays(root, name, specs, arrays)
+  with ocp.StandardCheckpointer() as checkpointer:
+    stored = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), tree)
     if dtype is not None:
-      tree = jax.tree.map(lambda x: jnp.asarray(x, dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype), tree)
-    with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(where, jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), tree))
-  else:
-    arrays = convert.to_reference(table, tree, dtype)
-    if main:
-      where.mkdir(parents=True)
-      _write_safetensors(where / _SAFETENSORS, specs, arrays)
-    else:
-      for _ in arrays:  # gathering needs every process
-        pass
+      stored = jax.tree.map(lambda x: x.astype(convert.stored_dtype(x.dtype, dtype)), stored)
+    checkpointer.save(root / _WEIGHTS / name, stored)
+  return _entry(format, specs, convert.content_hash(arrays))
+
+
+def _write_arrays(root: epath.Path, name: str, specs: Mapping[str, Spec], arrays: Iterable) -> dict[str, Any]:
+  """Write one component from arrays in the reference's names, one on the host at a time; the manifest's entry."""
+  if jax.process_index():
+    for _ in arrays:  # gathering needs every process
+      pass
+    return {}
+  digest, where = convert.ContentHash(), root / _WEIGHTS / name
+  where.mkdir(parents=True)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+
+    def hashed() -> Iterator[tuple[str, np.ndarray]]:
+      for key, array in arrays:
+        job = pool.submit(digest.update, key, array)  # beside the writing: each takes about as long
+        yield key, array
+        job.result()
+
+    with local(where / _SAFETENSORS) as path:
+      safetensors_io.write(path, specs, hashed())
+  return _entry("safetensors", specs, digest.hexdigest())
+
+
+def _entry(format: str, specs: Mapping[str, Spec], digest: str) -> dict[str, Any]:
   return {
     "format": format,
-    "hash": convert.content_hash(table, tree, dtype),
-    "dtype": "+".join(sorted({np.dtype(spec.dtype).name for spec in specs.values()})),
-    "parameters": sum(int(np.prod(spec.shape)) for spec in specs.values()),
+    "hash": digest,
+    "dtype": "+".join(sorted({spec.dtype.name for spec in specs.values()})),
+    "parameters": sum(math.prod(spec.shape) for spec in specs.values()),
   }
 
 
-def _write_safetensors(path: epath.Path, specs: Mapping, arrays: Iterator) -> None:
+def _carry(root: epath.Path, name: str, source: Source, format: str, dtype: Any, rewrite: bool) -> dict[str, Any]:
+  """A component of another model: written anew, or as it is (linked, if it lies in a model directory)."""
+  lies = source.path / _WEIGHTS / name
+  if not rewrite and lies.exists():
+    _take_tree(lies, root / _WEIGHTS / name)
+    return read_manifest(source.path).components[name]
+  if rewrite and format == "orbax":
+    return _write_params(root, name, source.read_as_stored(name), format, dtype)
+  return _write_arrays(root, name, *source.reference(name, dtype))
+
+
+@contextlib.contextmanager
+def local(path: epath.Path) -> Iterator[epath.Path]:
+  """`path`, or where it is in a bucket, which has no rename, a local file that is copied there in the end."""
   if "://" not in os.fspath(path):
-    return safetensors_io.write(path, specs, arrays)
-  with tempfile.TemporaryDirectory() as local:  # a bucket has no rename: write here, then copy
-    safetensors_io.write(f"{local}/{_SAFETENSORS}", specs, arrays)
-    epath.Path(f"{local}/{_SAFETENSORS}").copy(path)
+    yield path
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    yield epath.Path(folder) / path.name
+    (epath.Path(folder) / path.name).copy(path)
 
 
 def _write_manifest(directory: epath.Path, manifest: Manifest) -> None:
-  temporary = directory / f".{_MANIFEST}.tmp"
+  temporary = directory / f".{MANIFEST}.tmp"
   temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
-  temporary.replace(directory / _MANIFEST)
+  temporary.replace(directory / MANIFEST)
 
 
-def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+def plain(value: Mapping[str, Any]) -> dict[str, Any]:
   """The same as JSON gives it back (tuples are lists, a ConfigDict is a dict)."""
   value = value.to_dict() if hasattr(value, "to_dict") else dict(value)
   return json.loads(json.dumps(value, default=lambda x: x.to_dict() if hasattr(x, "to_dict") else str(x)))
 
 
-def _take_tree(source: epath.Path, target: epath.Path, *, link: bool = False) -> None:
-  """Copy a directory; `link`: hard links where both lie on one file system (weights are replaced, never changed)."""
+def take_tokenizer(source: os.PathLike | str, target: epath.Path) -> None:
+  """Copy the files of a tokenizer. Raises UserError if `source` is no directory."""
+  source = epath.Path(source)
+  if not source.is_dir():
+    raise UserError(f"{source}: no such tokenizer directory")
+  target.mkdir(parents=True, exist_ok=True)
+  for name in TOKENIZER_FILES:
+    if (source / name).exists():
+      (source / name).copy(target / name)
+
+
+def _take_tree(source: epath.Path, target: epath.Path) -> None:
+  """Copy a directory, by hard links where both lie on one file system (weights are replaced, never changed)."""
   target.mkdir(parents=True, exist_ok=True)
   remote = "://" in os.fspath(source) + os.fspath(target)
   for item in source.iterdir():
     if item.is_dir():
-      _take_tree(item, target / item.name, link=link)
+      _take_tree(item, target / item.name)
     elif remote:
       item.copy(target / item.name)
     else:
-      linked = False
-      if link:
-        with contextlib.suppress(OSError):  # another file system, or one without hard links
-          os.link(os.path.realpath(item), target / item.name)
-          linked = True
-      if not linked:
+      try:
+        os.link(os.path.realpath(item), target / item.name)
+      except OSError:  # another file system, or one without hard links
         shutil.copyfile(item, target / item.name)
+
+
+# ---- all or nothing ----
+
+
+@contextlib.contextmanager
+def replacing(directory: os.PathLike | str, *marks: str) -> Iterator[epath.Path]:
+  """A temporary directory that takes the place of `directory` if the block ends well, and vanishes if not.
+
+  Every process of a job must enter; the first one moves.
+
+  Args:
+    marks: files one of which must be in a directory that is already there and not empty, or it is left alone.
+
+  Raises:
+    UserError: something else lies there; trouble of the disk.
+  """
+  target, main = epath.Path(directory), jax.process_index() == 0
+  if target.exists() and not any((target / mark).exists() for mark in marks) and any(target.iterdir()):
+    raise UserError(f"{target}: not empty and not a model directory; choose another place")
+  temporary = target.parent / f".{target.name}.tmp"  # the same on every process
+  try:
+    if main:
+      temporary.rmtree(missing_ok=True)
+      temporary.mkdir(parents=True)
+    barrier(f"{target}: start")
+    yield temporary
+    if main:
+      _swap(temporary, target)
+    barrier(f"{target}: done")
+  except OSError as error:
+    why = error.strerror or error
+    raise UserError(f"{target}: cannot write the model ({why}); free space or choose another place") from error
+  finally:
+    if main:
+      with contextlib.suppress(OSError):
+        temporary.rmtree(missing_ok=True)
 
 
 def _swap(temporary: epath.Path, target: epath.Path) -> None:
@@ -409,17 +354,3 @@ def _swap(temporary: epath.Path, target: epath.Path) -> None:
   target.rename(old)
   temporary.rename(target)
   old.rmtree()
-
-
-@contextlib.contextmanager
-def _writing(target: epath.Path, temporary: epath.Path, main: bool) -> Iterator[None]:
-  """Nothing half written stays, and trouble of the disk is told in one line."""
-  try:
-    yield
-  except OSError as error:
-    why = error.strerror or error
-    raise UserError(f"{target}: cannot write the model ({why}); free space or choose another place") from error
-  finally:
-    if main:
-      with contextlib.suppress(OSError):
-        temporary.rmtree(missing_ok=True)

@@ -3,18 +3,18 @@
 Pickled weights (.bin, .pt) are refused: loading a pickle runs whatever code is in it.
 """
 
+import dataclasses
 import json
+import math
 import os
 import struct
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError, safe_open
 
 from blip3o_jax.errors import UserError
 
@@ -36,32 +36,63 @@ _DTYPES = {
   "F8_E5M2": ml_dtypes.float8_e5m2,
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_MAX_HEADER = 100_000_000  # bytes, the limit of the format
+_SHOWN = 40  # problems told in one error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+  """Where one array lies: `count` bytes of `file` from `offset` on."""
+
+  file: epath.Path
+  offset: int
+  count: int
+  dtype: np.dtype
+  shape: tuple[int, ...]
 
 
 class Reader(Mapping[str, np.ndarray]):
-  """{key: array} over safetensors files. Files are memory-mapped; `reader[key]` reads that array alone.
+  """{key: array} over safetensors files; `reader[key]` reads that array alone, `shape` and `dtype` read nothing.
 
-  bfloat16 comes as ml_dtypes.bfloat16. `shape` and `dtype` read no data.
+  Files are read, not mapped: mapped pages count as resident memory, and a bucket cannot be mapped. bfloat16 comes as
+  ml_dtypes.bfloat16.
+
+  Attributes:
+    bytes_read: of arrays, so far.
   """
 
-  def __init__(self, handles: Mapping[str, Any]):
-    self._handles = dict(handles)  # key -> open file
+  def __init__(self, tensors: Mapping[str, _Tensor]):
+    self._tensors = dict(tensors)
+    self.bytes_read = 0
 
   def __getitem__(self, key: str) -> np.ndarray:
-    return self._handles[key].get_tensor(key)
+    tensor = self._tensors[key]
+    buffer = np.empty(tensor.count, np.uint8)
+    with tensor.file.open("rb") as file:
+      file.seek(tensor.offset)
+      view, done = memoryview(buffer), 0
+      while done < tensor.count:  # one call reads at most 2 GiB
+        if not (got := file.readinto(view[done:])):
+          raise UserError(f"{tensor.file}: became shorter while it was read; copy it again")
+        done += got
+    self.bytes_read += tensor.count
+    return buffer.view(tensor.dtype).reshape(tensor.shape)
 
   def __iter__(self) -> Iterator[str]:
-    return iter(self._handles)
+    return iter(self._tensors)
+
+  def __contains__(self, key: object) -> bool:  # that of Mapping would read the array
+    return key in self._tensors
 
   def __len__(self) -> int:
-    return len(self._handles)
+    return len(self._tensors)
 
   def shape(self, key: str) -> tuple[int, ...]:
-    return tuple(self._handles[key].get_slice(key).get_shape())
+    return self._tensors[key].shape
 
   def dtype(self, key: str) -> np.dtype:
-    return np.dtype(_DTYPES[self._handles[key].get_slice(key).get_dtype()])
+    return self._tensors[key].dtype
 
 
 class Renamed(Mapping[str, np.ndarray]):
@@ -76,23 +107,44 @@ class Renamed(Mapping[str, np.ndarray]):
   def __iter__(self) -> Iterator[str]:
     return iter(self._names)
 
+  def __contains__(self, key: object) -> bool:
+    return key in self._names
+
   def __len__(self) -> int:
     return len(self._names)
 
   def shape(self, key: str) -> tuple[int, ...]:
-    name = self._names[key]
-    return tuple(self._reader.shape(name) if hasattr(self._reader, "shape") else self._reader[name].shape)
+    return spec(self._reader, self._names[key]).shape
+
+  def dtype(self, key: str) -> np.dtype:
+    return spec(self._reader, self._names[key]).dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """What an array will be."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+
+def spec(reader: Mapping[str, Any], key: str) -> Spec:
+  """Shape and dtype of an array of a reader (which reads nothing) or of a plain dict."""
+  if hasattr(reader, "shape"):
+    return Spec(tuple(reader.shape(key)), np.dtype(reader.dtype(key)))
+  return Spec(tuple(reader[key].shape), np.dtype(reader[key].dtype))
 
 
 def open_weights(path: os.PathLike | str) -> Reader:
   """Open a .safetensors file, a .safetensors.index.json, or a directory with either.
 
   Raises:
-    UserError: nothing there, pickled weights, a corrupt or truncated file, an index that points outside its directory.
+    UserError: nothing there, pickled weights, corrupt or truncated files, keys that are there twice, an index that
+      points outside its directory: all of them in one message.
   """
   path = epath.Path(path)
-  if path.name.endswith(_PICKLES):
-    raise UserError(f"{path}: pickled weights are refused because loading them runs code; convert to .safetensors")
+  if path.name.endswith(PICKLES):
+    raise UserError(_pickled(path))
   if not path.exists():
     raise UserError(f"{path}: no such file or directory; give a .safetensors file or a directory that holds one")
   if not path.is_dir():
@@ -104,64 +156,107 @@ def open_weights(path: os.PathLike | str) -> Reader:
     return _open_index(indices[0])
   files = sorted(path.glob("*.safetensors"))
   if not files:
-    pickled = [f.name for f in path.iterdir() if f.name.endswith(_PICKLES)]
-    if pickled:
-      raise UserError(
-        f"{path}: only pickled weights ({pickled[0]}), refused because loading them runs code; convert to .safetensors"
-      )
+    if pickled := sorted(f for f in path.iterdir() if f.name.endswith(PICKLES)):
+      raise UserError(_pickled(pickled[0]))
     raise UserError(f"{path}: no .safetensors file here")
   return _open_files(files)
 
 
+def _pickled(path: epath.Path) -> str:
+  load = f"torch.load({path.name!r}, map_location='cpu', weights_only=True)"
+  return (
+    f"{path}: pickled weights are refused, because loading them runs code. Where torch is installed, "
+    f'python -c "import torch, safetensors.torch as s; s.save_file({load}, {path.stem + ".safetensors"!r})" '
+    "makes a file of them that is read here"
+  )
+
+
 def _open_index(index: epath.Path) -> Reader:
+  problems: list[str] = []
   try:
-    weight_map = json.loads(index.read_text())["weight_map"]
-    files = sorted(set(weight_map.values()))
+    weight_map = json.loads(index.read_text(), object_pairs_hook=lambda pairs: _unique(pairs, problems))["weight_map"]
+    files = sorted(set(map(str, weight_map.values())))
   except (ValueError, KeyError, AttributeError, TypeError) as error:
     raise UserError(f"{index}: not a safetensors index ({type(error).__name__}); download it again") from error
-  handles = {}
+  problems = [f"{index}: {problem}" for problem in problems]
+  tensors: dict[str, dict[str, _Tensor]] = {}
   for name in files:
-    place = PurePosixPath(str(name).replace("\\", "/"))
-    if not isinstance(name, str) or place.is_absolute() or ".." in place.parts:
-      raise UserError(f"{index}: names a file outside its directory ({name!r}); refused")
-    handles[name] = _open(index.parent / name)
-  held = {name: set(handle.keys()) for name, handle in handles.items()}
-  if absent := [key for key, name in weight_map.items() if key not in held[name]]:
-    raise UserError(f"{index}: {len(absent)} keys are not in the files it names, e.g. {absent[0]}; download it again")
-  return Reader({key: handles[name] for key, name in weight_map.items()})
+    place = PurePosixPath(name.replace("\\", "/"))
+    if place.is_absolute() or ".." in place.parts or name not in weight_map.values():
+      problems.append(f"{index}: names a file outside its directory ({name!r}); refused")
+    else:
+      tensors[name] = _read_header(index.parent / name, problems)
+  absent = [key for key, name in weight_map.items() if name in tensors and tensors[name] and key not in tensors[name]]
+  problems += [f"{key}: expected in {weight_map[key]} (says {index.name}), found nothing" for key in absent]
+  tell(problems, f"problems with the files of {index.parent}")
+  return Reader({key: tensors[name][key] for key, name in weight_map.items()})
 
 
 def _open_files(files: Iterable[epath.Path]) -> Reader:
-  handles: dict[str, Any] = {}
+  tensors: dict[str, _Tensor] = {}
+  problems: list[str] = []
   for file in files:
-    handle = _open(file)
-    if twice := [key for key in handle.keys() if key in handles]:
-      raise UserError(f"{file}: {twice[0]} is also in another file of this directory; keep one of them")
-    handles.update(dict.fromkeys(handle.keys(), handle))
-  return Reader(handles)
+    for key, tensor in _read_header(file, problems).items():
+      if tensors.setdefault(key, tensor) is not tensor:
+        problems.append(f"{file}: {key} is also in {tensors[key].file.name}; keep one of them")
+  tell(problems, "problems with the weights")
+  return Reader(tensors)
 
 
-def _open(file: epath.Path) -> Any:
+def _unique(pairs: list[tuple[str, Any]], problems: list[str]) -> dict[str, Any]:
+  """A JSON object, which may name a key twice without json minding."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    names = [name for name, _ in pairs]
+    problems += [f"{name}: is named twice" for name in found if names.count(name) > 1]
+  return found
+
+
+def _read_header(file: epath.Path, problems: list[str]) -> dict[str, _Tensor]:
+  """What a file holds (huggingface/safetensors, "Format"): u64 length of a JSON header, the header, the arrays.
+
+  Every byte behind the header must belong to exactly one array. What is wrong goes to `problems`.
+  """
   if not file.name.endswith(".safetensors"):
-    raise UserError(f"{file}: not a .safetensors file; other formats are not read")
+    problems.append(f"{file}: not a .safetensors file; other formats are not read")
+    return {}
   if not file.exists():
-    raise UserError(f"{file}: no such file; the download is incomplete")
-  local = os.fspath(file)
-  copy = None
-  if "://" in local:  # mapping needs a local file
-    copy = tempfile.NamedTemporaryFile(suffix=".safetensors")
-    file.copy(copy.name, overwrite=True)
-    local = copy.name
+    problems.append(f"{file}: no such file; the download is incomplete")
+    return {}
+  wrong: list[str] = []
+  tensors: dict[str, _Tensor] = {}
   try:
-    handle = safe_open(local, framework="numpy")
-    if unknown := {handle.get_slice(k).get_dtype() for k in handle.keys()} - set(_DTYPES):
-      raise UserError(f"{file}: dtypes {', '.join(sorted(unknown))} are not supported")
-    return handle
-  except (SafetensorError, OSError) as error:
-    raise UserError(f"{file}: corrupt or truncated ({error}); download or copy it again") from error
-  finally:
-    if copy is not None:
-      copy.close()
+    size = file.stat().length
+    with file.open("rb") as content:
+      (length,) = struct.unpack("<Q", content.read(8))
+      if length > min(size - 8, _MAX_HEADER):
+        raise ValueError(f"its header would be {length} bytes, the file has {size}")
+      header = json.loads(content.read(length), object_pairs_hook=lambda pairs: _unique(pairs, wrong))
+    start, end = 8 + length, 8 + length
+    entries = [(key, entry) for key, entry in header.items() if key != "__metadata__"]
+    for key, entry in sorted(entries, key=lambda item: item[1]["data_offsets"]):
+      if entry["dtype"] not in _DTYPES:
+        wrong.append(f"{key}: dtype {entry['dtype']} is not supported")
+        continue
+      dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(map(int, entry["shape"]))
+      first, last = (start + int(offset) for offset in entry["data_offsets"])
+      count = dtype.itemsize * math.prod(shape)
+      if min(shape, default=0) < 0 or first != end or last - first != count:
+        raise ValueError(f"{key}: {entry['dtype']} {list(shape)} does not lie at {entry['data_offsets']}")
+      tensors[key], end = _Tensor(file, first, count, dtype, shape), last
+    if not wrong and end != size:
+      raise ValueError(f"its arrays end at byte {end}, the file at {size}")
+  except (ValueError, KeyError, TypeError, AttributeError, struct.error, OSError) as error:
+    wrong.append(f"corrupt or truncated ({' '.join(str(error).split())[:120]}); download or copy it again")
+  problems += [f"{file}: {problem}" for problem in wrong]
+  return tensors
+
+
+def tell(problems: Sequence[str], head: str) -> None:
+  """Raise one UserError that lists every problem, if there is any."""
+  if problems := list(dict.fromkeys(problems)):
+    more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    raise UserError("\n  ".join([f"{len(problems)} {head}:", *problems[:_SHOWN], *more]))
 
 
 def write(

@@ -14,15 +14,16 @@ from blip3o_jax.data import pipeline
 from blip3o_jax.data.tokenizer import load_tokenizer
 from blip3o_jax.data.vision import ImageProcessor
 from blip3o_jax.models.blip3o import Blip3oConfig
-from blip3o_jax.porting import model_dir
+from blip3o_jax.porting.locate import open_model
+from blip3o_jax.porting.source import default_preprocessor
 from blip3o_jax.types import Batch
 
 
 def open_loader(config: ConfigDict, architecture: Blip3oConfig, start_step: int) -> Iterator[dict[str, np.ndarray]]:
   """This process's part of the batches, from `start_step` on. Raises UserError for missing data or tokenizer."""
   folder = tokenizer_dir(config)
-  init = config.init_from
-  preprocessor = model_dir.read_preprocessor(init) if init else model_dir.default_preprocessor(architecture)
+  source = open_model(config.init_from) if config.init_from else None
+  preprocessor = source.image_preprocessor() if source else default_preprocessor(architecture)
   return pipeline.make_loader(
     config.data.to_dict(),
     batch_size=config.batch_size,
@@ -40,9 +41,8 @@ def tokenizer_dir(config: ConfigDict) -> Path | None:
   """The config's own tokenizer, or that of init_from, or none."""
   if config.tokenizer:
     return Path(config.tokenizer)
-  if config.init_from and (model_dir.resolve(config.init_from) / "tokenizer").is_dir():
-    return Path(model_dir.tokenizer_path(config.init_from))
-  return None
+  source = open_model(config.init_from) if config.init_from else None
+  return source.tokenizer_dir() if source and source.tokenizer else None
 
 
 class Prefetch:

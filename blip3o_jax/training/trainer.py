@@ -20,6 +20,7 @@ from blip3o_jax.errors import Preempted, UserError
 from blip3o_jax.models import presets
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.porting import model_dir
+from blip3o_jax.porting.locate import open_model
 from blip3o_jax.sharding import distributed, rules
 from blip3o_jax.sharding.mesh import make_mesh
 from blip3o_jax.training import metrics, optimizers, state
@@ -214,9 +215,10 @@ def initial_params(config: ConfigDict, program: Program, wanted: Params, say: Ca
   wanted = {name: program.params[name] for name in wanted}
   params = {}
   if config.init_from:
-    there = tuple(name for name in wanted if name in model_dir.components(config.init_from))
+    source = open_model(config.init_from)
+    there = tuple(name for name in wanted if name in source.components)
     if there:
-      params = model_dir.read_components(config.init_from, there, {name: wanted[name] for name in there})
+      params = source.read(there, {name: wanted[name] for name in there})
       say(f"from {config.init_from}: {', '.join(there)}")
   scratch = tuple(name for name in wanted if name not in params)
   if frozen := [name for name in scratch if name in program.frozen]:
@@ -242,20 +244,21 @@ def frozen_sources(config: ConfigDict, program: Program) -> dict[str, str]:
   """Content hash in init_from of every component that is frozen at least in part: a resumed run must find the same."""
   if not config.init_from:
     return {}
-  there = model_dir.components(config.init_from)
-  return {name: model_dir.content_hash(config.init_from, name) for name in program.frozen if name in there}
+  source = open_model(config.init_from)
+  return {name: source.content_hash(name) for name in program.frozen if name in source.components}
 
 
 def export(config: ConfigDict, program: Program, params: Params, directory: Path, facts: dict[str, Any]) -> None:
   """Write the model directory of a finished run. What init_from has and was not trained is carried over as it is."""
-  carried = model_dir.components(config.init_from) if config.init_from else ()
+  source = open_model(config.init_from) if config.init_from else None
+  carried = source.components if source else ()
   model_dir.write(
     directory,
     preset=config.model.preset,
     overrides=config.model.to_dict()["overrides"],
     params={name: tree for name, tree in params.items() if name in program.state.trained or name not in carried},
     format=config.export,
-    carry_from=config.init_from or None,
+    carry_from=source,
     tokenizer_dir=tokenizer_dir(config),
     sampling=config.sampling.to_dict(),
     provenance={

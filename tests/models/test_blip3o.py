@@ -12,7 +12,7 @@ from blip3o_jax.models.blip3o import CLIP_MEAN, CLIP_STD, COMPONENTS, Blip3o
 from blip3o_jax.models.eva_clip import EvaClip
 from blip3o_jax.models.qwen2_5_vl import Qwen25VL
 from blip3o_jax.models.unet import UNet
-from blip3o_jax.porting import model_dir
+from blip3o_jax.porting import source
 
 
 def call(method, **kwargs):
@@ -152,7 +152,7 @@ def test_each_component_is_made_alone():
     leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
     bare = [x for x in leaves if not isinstance(x, nn.Partitioned) and x.shape]
     assert leaves and not bare, name
-  shapes = model_dir.abstract_params(tiny.config(), ("dit", "queries"))
+  shapes = source.abstract_params(tiny.config(), ("dit", "queries"))
   assert shapes["queries"]["latent_queries"].shape == (4, 32)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
-from blip3o_jax.porting import model_dir
+from blip3o_jax.porting import source
 
 # Spec 2.1, 2.7, 10.3 to 10.5.
 SHARED = {"clip": 4_350_208_256, "unet": 2_525_520_644, "vae": 83_653_863}
@@ -17,7 +17,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_counts(name):
-  shapes = model_dir.abstract_params(presets.get(name), tuple(COUNTS[name]))
+  shapes = source.abstract_params(presets.get(name), tuple(COUNTS[name]))
   assert {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in shapes.items()} == COUNTS[name]
 
 

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
-from blip3o_jax.porting import convert, model_dir, rules
+from blip3o_jax.porting import convert, locate, model_dir, rules, source
+from blip3o_jax.porting.locate import open_model
 
 OVERRIDES = {"vae": {"block_out_channels": (8,)}, "queries": 4}
 NAMES = ("queries", "vae")
@@ -20,7 +21,7 @@ NAMES = ("queries", "vae")
 @pytest.fixture(scope="module")
 def params():
   rng = np.random.default_rng(0)
-  abstract = model_dir.abstract_params(presets.get("micro", OVERRIDES), NAMES)
+  abstract = source.abstract_params(presets.get("micro", OVERRIDES), NAMES)
   return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), abstract)
 
 
@@ -36,15 +37,15 @@ def same(a, b):
 def test_there_and_back(tmp_path, params, format):
   write(tmp_path / "m", params, format=format, sampling={"steps": 7}, provenance={"command": "blip3o train"})
   manifest = model_dir.read_manifest(tmp_path / "m")
-  assert manifest.config() == presets.get("micro", OVERRIDES)
+  assert open_model(tmp_path / "m").config() == presets.get("micro", OVERRIDES)
   assert manifest.sampling == {"steps": 7} and manifest.provenance == [{"command": "blip3o train"}]
-  assert set(model_dir.components(tmp_path / "m")) == set(NAMES)
-  read = model_dir.read_components(tmp_path / "m", NAMES)
+  assert set(open_model(tmp_path / "m").components) == set(NAMES)
+  read = open_model(tmp_path / "m").read(NAMES)
   same(read, params)
   for name in NAMES:
     entry = manifest.components[name]
-    assert entry["hash"] == convert.content_hash(rules.get(name), params[name])
-    assert entry["hash"] == model_dir.content_hash(tmp_path / "m", name)
+    assert entry["hash"] == convert.content_hash(convert.to_reference(rules.get(name), params[name]))
+    assert entry["hash"] == open_model(tmp_path / "m").content_hash(name)
     assert (entry["format"], entry["dtype"]) == (format, "float32")
     assert entry["parameters"] == sum(x.size for x in jax.tree.leaves(params[name]))
   assert [path.name for path in tmp_path.iterdir()] == ["m"]
@@ -57,11 +58,11 @@ def test_dtype_and_sharding(tmp_path, params, format):
   mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
   spec = NamedSharding(mesh, PartitionSpec())
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=spec), params)
-  read = model_dir.read_components(tmp_path / "m", ("vae",), abstract)
+  read = open_model(tmp_path / "m").read(("vae",), abstract)
   for ours, theirs in zip(jax.tree.leaves(read["vae"]), jax.tree.leaves(params["vae"]), strict=True):
     assert ours.dtype == jnp.float32 and ours.sharding == spec
     np.testing.assert_array_equal(ours, theirs.astype(jnp.bfloat16).astype(np.float32))
-  read = model_dir.read_components(tmp_path / "m", ("vae",), dtype=jnp.float16)
+  read = open_model(tmp_path / "m").read(("vae",), dtype=jnp.float16)
   assert {x.dtype for x in jax.tree.leaves(read)} == {np.dtype(np.float16)}
 
 
@@ -77,15 +78,15 @@ def test_carried_parts(tmp_path, params):
     provenance={"stage": 1},
   )
   new = {"queries": jax.tree.map(lambda x: x + 1, params["queries"])}
-  second = write(tmp_path / "b", new, carry_from=first, sampling={"steps": 9}, provenance={"stage": 2})
-  same(model_dir.read_components(second, NAMES), {"vae": params["vae"]} | new)
+  second = write(tmp_path / "b", new, carry_from=open_model(first), sampling={"steps": 9}, provenance={"stage": 2})
+  same(open_model(second).read(NAMES), {"vae": params["vae"]} | new)
   manifest = model_dir.read_manifest(second)
   assert manifest.sampling == {"steps": 9, "guidance": 2.0}
   assert manifest.provenance == [{"stage": 1}, {"stage": 2}]
-  assert model_dir.content_hash(first, "vae") == model_dir.content_hash(second, "vae")
-  assert model_dir.content_hash(first, "queries") != model_dir.content_hash(second, "queries")
-  assert (model_dir.tokenizer_path(second) / "tokenizer.json").read_text() == "{}"
-  assert model_dir.read_preprocessor(second) == {"patch_size": 5}
+  assert open_model(first).content_hash("vae") == open_model(second).content_hash("vae")
+  assert open_model(first).content_hash("queries") != open_model(second).content_hash("queries")
+  assert (open_model(second).tokenizer_dir() / "tokenizer.json").read_text() == "{}"
+  assert open_model(second).image_preprocessor() == {"patch_size": 5}
   weights = "weights/vae/model.safetensors"
   assert os.stat(first / weights).st_ino == os.stat(second / weights).st_ino  # no second copy of what did not change
 
@@ -96,8 +97,8 @@ def test_carried_parts(tmp_path, params):
 
 def test_another_format_keeps_the_hash(tmp_path, params):
   write(tmp_path / "a", params, dtype=jnp.bfloat16, provenance={"stage": 1})
-  b = model_dir.convert_dir(tmp_path / "a", tmp_path / "b", format="orbax")
-  c = model_dir.convert_dir(b, tmp_path / "c", format="safetensors")
+  b = model_dir.convert_model(open_model(tmp_path / "a"), tmp_path / "b", format="orbax")
+  c = model_dir.convert_model(open_model(b), tmp_path / "c", format="safetensors")
   a, b, c = (model_dir.read_manifest(tmp_path / name) for name in "abc")
   assert a == c and {x: b.components[x] | {"format": "safetensors"} for x in b.components} == a.components
 
@@ -111,9 +112,9 @@ def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path, params, monkeypat
     )
     with pytest.raises(UserError, match="No space left"):
       write(tmp_path / "m", new)
-  same(model_dir.read_components(tmp_path / "m", NAMES), params)
+  same(open_model(tmp_path / "m").read(NAMES), params)
   write(tmp_path / "m", new)
-  assert model_dir.components(tmp_path / "m") == ("queries",)
+  assert open_model(tmp_path / "m").components == ("queries",)
   assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
@@ -126,20 +127,20 @@ def test_nothing_else_is_overwritten(tmp_path, params):
 
 def test_bad_directories(tmp_path, params):
   with pytest.raises(UserError, match="no such model"):
-    model_dir.resolve(tmp_path / "absent")
+    locate.find(tmp_path / "absent")
   with pytest.raises(UserError, match="not a model directory"):
-    model_dir.resolve(tmp_path)
+    model_dir.read_manifest(tmp_path)
   path = write(tmp_path / "m", params)
   with pytest.raises(UserError, match="no component 'dit'"):
-    model_dir.read_components(path, ("dit",))
+    open_model(path).read(("dit",))
   with pytest.raises(UserError, match="no tokenizer"):
-    model_dir.tokenizer_path(path)
+    open_model(path).tokenizer_dir()
 
   content = json.loads((path / "model.json").read_text())
   content["overrides"]["queries"] = 5
   (path / "model.json").write_text(json.dumps(content))
   with pytest.raises(UserError, match=r"latent_queries: expected \[1, 5, 128\], found \[1, 4, 128\]"):
-    model_dir.read_components(path, ("queries",))
+    open_model(path).read(("queries",))
   (path / "model.json").write_text(json.dumps(content | {"format_version": 99}))
   with pytest.raises(UserError, match="newer|update"):
     model_dir.read_manifest(path)
@@ -155,7 +156,7 @@ def test_orbax_arrays_of_another_shape_are_refused(tmp_path, params, queries):
   content["overrides"]["queries"] = queries
   (path / "model.json").write_text(json.dumps(content))
   with pytest.raises(UserError, match="of another model"):
-    model_dir.read_components(path, ("queries",))
+    open_model(path).read(("queries",))
 
 
 @pytest.mark.parametrize(

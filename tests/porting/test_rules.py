@@ -6,7 +6,7 @@ import pytest
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
-from blip3o_jax.porting import convert, model_dir, rules
+from blip3o_jax.porting import convert, rules, source
 from blip3o_jax.porting.rules import blip3o
 
 # (tensors, parameters) of each component (spec 2.1, 10.2 to 10.5).
@@ -24,7 +24,7 @@ SIZES = {
 
 
 def specs(preset, component):
-  abstract = model_dir.abstract_params(presets.get(preset), (component,))[component]
+  abstract = source.abstract_params(presets.get(preset), (component,))[component]
   return convert.reference_specs(rules.get(component), abstract)
 
 

@@ -59,12 +59,12 @@ def test_shards(tmp_path):
   np.testing.assert_array_equal(reader["a"], ARRAYS["a"])
   assert set(reader) == {"a", "c"}
   sharded(tmp_path, d="model-2.safetensors")
-  with pytest.raises(UserError, match="1 keys are not in the files"):
+  with pytest.raises(UserError, match="d: expected in model-2.safetensors"):
     safetensors_io.open_weights(tmp_path)
   (tmp_path / "model.safetensors.index.json").unlink()
   assert set(safetensors_io.open_weights(tmp_path)) == {"a", "c"}
   save_file({"a": ARRAYS["a"]}, tmp_path / "model-3.safetensors")
-  with pytest.raises(UserError, match="a is also in another file"):
+  with pytest.raises(UserError, match="model-3.safetensors: a is also in model-1.safetensors"):
     safetensors_io.open_weights(tmp_path)
 
 
@@ -99,6 +99,43 @@ def test_pickles_are_refused(tmp_path, name):
   for path in (tmp_path, tmp_path / name):
     with pytest.raises(UserError, match="pickled weights.*refused"):
       safetensors_io.open_weights(path)
+
+
+def test_all_that_is_wrong_with_an_index_is_told_at_once(tmp_path):
+  sharded(tmp_path, e="model-3.safetensors", f="../x.safetensors")
+  (tmp_path / "model-2.safetensors").write_bytes(b"no")
+  index = tmp_path / "model.safetensors.index.json"
+  index.write_text(index.read_text().replace('"c":', '"a":'))
+  with pytest.raises(UserError) as error:
+    safetensors_io.open_weights(tmp_path)
+  for text in (
+    "4 problems",
+    "model.safetensors.index.json: a: is named twice",
+    "names a file outside its directory ('../x.safetensors')",
+    "model-2.safetensors: corrupt or truncated",
+    "model-3.safetensors: no such file",
+  ):
+    assert text in str(error.value), text
+
+
+def test_arrays_that_overlap_or_leave_a_gap_are_refused(tmp_path):
+  file = tmp_path / "model.safetensors"
+  safetensors_io.write(file, ARRAYS, ARRAYS.items())
+  for old, new in ((b"[0,24]", b"[0,20]"), (b"[24,32]", b"[20,28]"), (b'"F32","shape":[2,3]', b'"F32","shape":[3,3]')):
+    broken = tmp_path / "broken.safetensors"
+    assert old in file.read_bytes()
+    broken.write_bytes(file.read_bytes().replace(old, new))
+    with pytest.raises(UserError, match="corrupt or truncated.*does not lie at"):
+      safetensors_io.open_weights(broken)
+
+
+def test_only_what_is_asked_for_is_read(tmp_path):
+  safetensors_io.write(tmp_path / "m.safetensors", ARRAYS, ARRAYS.items())
+  reader = safetensors_io.open_weights(tmp_path)
+  assert [reader.shape(key) for key in reader] and reader.bytes_read == 0
+  assert "b" in reader and reader.bytes_read == 0
+  reader["b"]
+  assert reader.bytes_read == 8
 
 
 def test_nothing_there(tmp_path):

@@ -9,6 +9,7 @@ from blip3o_jax.data import shapes_corpus
 from blip3o_jax.data.tokenizer import train_tokenizer
 from blip3o_jax.errors import UserError
 from blip3o_jax.porting import model_dir
+from blip3o_jax.porting.locate import open_model
 from blip3o_jax.training import metrics, trainer
 from blip3o_jax.training.defaults import default_config
 
@@ -56,7 +57,7 @@ def test_first_stage(vae_run):
   (stage,) = manifest.provenance
   assert stage["objective"] == "autoencoding" and stage["metrics"]["step"] == 4 and stage["seconds"] >= 0
   assert stage["command"] == "blip3o train --config vae.py"
-  read = model_dir.read_components(vae_run.model_dir, ("vae",))["vae"]
+  read = open_model(vae_run.model_dir).read(("vae",))["vae"]
   assert all(np.isfinite(x).all() for x in trainer.jax.tree.leaves(read))
 
 
@@ -73,7 +74,7 @@ def test_second_stage_carries_the_first_over(world, vae_run, tmp_path):
   result = trainer.train(clip, tmp_path / "clip")
   manifest = model_dir.read_manifest(result.model_dir)
   assert set(manifest.components) == {"vae", "clip", "text_tower"} and len(manifest.provenance) == 2
-  assert model_dir.content_hash(result.model_dir, "vae") == model_dir.content_hash(vae_run.model_dir, "vae")
+  assert open_model(result.model_dir).content_hash("vae") == open_model(vae_run.model_dir).content_hash("vae")
   assert (result.model_dir / "tokenizer/tokenizer.json").exists()
 
 
@@ -86,7 +87,7 @@ def test_a_frozen_part_that_is_nowhere_is_refused(world, vae_run, tmp_path):
 def test_other_frozen_weights_on_resume_are_refused(world, vae_run, tmp_path):
   """Part of the VAE trains, the rest comes from a directory whose content changes between two starts."""
   copy = tmp_path / "init"
-  model_dir.write(copy, preset="micro", overrides=SMALL, params=model_dir.read_components(vae_run.model_dir, ("vae",)))
+  model_dir.write(copy, preset="micro", overrides=SMALL, params=open_model(vae_run.model_dir).read(("vae",)))
   part = config(world, trainable=("vae/decoder",), init_from=str(copy), max_bad_steps=1)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(trainer, "export", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))

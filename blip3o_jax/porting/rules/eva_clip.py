@@ -27,4 +27,6 @@ RULES = [
   *_dense("blocks.{i}.mlp.fc2", "layers/fc2"),
   *_norm("blocks.{i}.norm1", "layers/norm1"),
   *_norm("blocks.{i}.norm2", "layers/norm2"),
+  # The release loads its stand-alone file leniently: a final norm and a head may be there and are not used (spec 10.3).
+  *(Rule(f"{name}.{{*}}", None) for name in ("norm", "fc_norm", "head")),
 ]
