@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax.diffusion.flow_matching import shift_sigma
-from blip3o_jax.diffusion.guidance import guide
+from blip3o_jax.diffusion.guidance import guided_velocity
 from blip3o_jax.errors import UserError
 
 
@@ -69,15 +69,11 @@ def sample_flow(
   """
   schedule = flow_euler_schedule(steps, shift, n=n)
   times = np.trunc(schedule.times) if truncate_times else schedule.times
-  guided = guidance != 1
+  velocity = guided_velocity(velocity_fn, guidance)
 
   def step(x, now):
     sigma, next_sigma, t = now
-    doubled = jnp.concatenate([x, x]) if guided else x
-    v = velocity_fn(doubled, jnp.broadcast_to(t, doubled.shape[:1])).astype(jnp.float32)
-    if guided:
-      null, cond = jnp.split(v, 2)
-      v = guide(null, cond, guidance)
+    v = velocity(x, t)
     x = x + (next_sigma - sigma) * v
     return x, (x, v) if trajectory else None
 

@@ -6,11 +6,14 @@ from typing import Any
 
 from blip3o_jax.diffusion.euler_discrete import EulerDiscreteConfig
 from blip3o_jax.errors import UserError
+from blip3o_jax.models.autoencoder_dc import AutoencoderDCConfig, DCLevel
 from blip3o_jax.models.autoencoder_kl import AutoencoderKLConfig
 from blip3o_jax.models.blip3o import Blip3oConfig
 from blip3o_jax.models.eva_clip import EvaClipConfig
 from blip3o_jax.models.next_dit import NextDiTConfig
 from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig, VisionConfig
+from blip3o_jax.models.sana import SanaConfig
+from blip3o_jax.models.siglip import SiglipConfig
 from blip3o_jax.models.text_decoder import TextDecoderConfig
 from blip3o_jax.models.text_tower import TextTowerConfig
 from blip3o_jax.models.unet import UNetConfig
@@ -23,6 +26,22 @@ EVA_CLIP_E = EvaClipConfig(
 # The decoder of Emu2-Gen: SDXL's UNet with CLIP features as context (spec 6.1), and SDXL's VAE.
 SDXL_UNET = UNetConfig()
 SDXL_VAE = AutoencoderKLConfig()
+
+# The second pair of encoder and decoder (spec 7.1): SigLIP2-so400m/16 at 512 pixels, 428,772,800 parameters; Sana 1.6 B
+# behind a connector, 1,604,462,752 and 7,969,536; and its autoencoder, 312,250,275 (dc-ae-f32c32-sana).
+SIGLIP2_SO400M = SiglipConfig(
+  image_size=512, patch_size=16, width=1152, layers=27, heads=16, mlp_dim=4304, remat="full"
+)
+SANA_1600M = SanaConfig(remat="full")
+
+
+def _dc_levels(*blocks: int) -> tuple[DCLevel, ...]:
+  widths = (128, 256, 512, 512, 1024, 1024)
+  coarse = {"block": "EfficientViTBlock", "scales": (5,)}
+  return tuple(DCLevel(w, n, **(coarse if i > 2 else {})) for i, (w, n) in enumerate(zip(widths, blocks, strict=True)))
+
+
+DC_AE_F32C32 = AutoencoderDCConfig(encoder=_dc_levels(2, 2, 2, 3, 3, 3), decoder=_dc_levels(3, 3, 3, 3, 3, 3))
 
 
 def _qwen(dim: int, layers: int, heads: int, kv_heads: int, mlp_dim: int, tied: bool) -> Qwen25VLConfig:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax.nn.linear import Dense, default_init
+from blip3o_jax.nn.linear import Dense, DepthwiseConv, default_init
 
 
 class SwiGLU(nn.Module):
@@ -25,3 +25,22 @@ class SwiGLU(nn.Module):
     gate = Dense(self.hidden, ("embed", "mlp"), name="gate", **kinds)(x)
     up = Dense(self.hidden, ("embed", "mlp"), name="up", **kinds)(x)
     return Dense(x.shape[-1], ("mlp", "embed"), name="down", **kinds)(nn.silu(gate) * up)
+
+
+class GLUMBConv(nn.Module):
+  """The gated inverted bottleneck of Sana and the DC-AE: [B, H, W, D] -> [B, H, W, D] through `hidden` channels.
+
+  Widen to 2 * hidden, SiLU, depthwise 3x3, then x * silu(gate) of its halves, and narrow without a bias (Xie et al.
+  2024, arXiv 2410.10629; diffusers' GLUMBConv, without its residual and its norm).
+  """
+
+  hidden: int
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    y = nn.silu(Dense(2 * self.hidden, ("embed", "mlp"), name="widen", **kinds)(x))
+    y, gate = jnp.split(DepthwiseConv(name="depthwise", **kinds)(y), 2, axis=-1)
+    return Dense(x.shape[-1], ("mlp", "embed"), use_bias=False, name="narrow", **kinds)(y * nn.silu(gate))

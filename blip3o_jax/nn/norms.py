@@ -10,10 +10,12 @@ import jax.numpy as jnp
 class RMSNorm(nn.Module):
   """x * rsqrt(mean(x^2) + eps), cast to `dtype`, then times the learned weight: [..., D] -> [..., D].
 
-  The order of the casts is that of the release (spec 2.3 and transformers' Qwen2RMSNorm).
+  The order of the casts is that of the release (spec 2.3 and transformers' Qwen2RMSNorm). `use_bias` adds a learned
+  bias at the end (the DC-AE's norms).
   """
 
   eps: float = 1e-6
+  use_bias: bool = False
   axis: str | None = "norm"
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
@@ -26,7 +28,11 @@ class RMSNorm(nn.Module):
     )
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-    return x.astype(self.dtype) * scale.astype(self.dtype)
+    x = x.astype(self.dtype) * scale.astype(self.dtype)
+    if self.use_bias:
+      init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (self.axis,))
+      x = x + self.param("bias", init, x.shape[-1:], self.param_dtype).astype(self.dtype)
+    return x
 
 
 class LayerNorm(nn.Module):

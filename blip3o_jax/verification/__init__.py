@@ -25,6 +25,8 @@ _MODULES = {
   "blip3o_train_step": "blip3o_train_step",
   "llama": "text_decoder",
   "qwen3": "text_decoder",
+  "siglip": "siglip",
+  "sana_decoder": "sana_decoder",
 }
 
 

@@ -22,6 +22,7 @@ FOLDERS = sorted(
 def test_there_are_recordings():
   assert {"next_dit", "next_dit_gqa", "next_dit_patch2", "eva_clip", "flow", "sdxl_decoder"} <= set(FOLDERS)
   assert {"qwen2_5_vl", "qwen2_5_vl_tied", "blip3o_generate", "blip3o_train_step"} <= set(FOLDERS)
+  assert {"siglip", "sana_decoder"} <= set(FOLDERS)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -16,6 +16,9 @@ _MODULES = {
   "unet": "unet",
   "vae": "autoencoder_kl",
   "text_decoder": "text_decoder",
+  "siglip": "siglip",
+  "sana": "sana",
+  "dc_ae": "autoencoder_dc",
 }
 
 

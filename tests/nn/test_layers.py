@@ -1,0 +1,80 @@
+"""Layers that Sana and its autoencoder share, against plain formulas."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error
+
+from blip3o_jax.nn.attention import linear_attention
+from blip3o_jax.nn.linear import DepthwiseConv
+from blip3o_jax.nn.mlp import GLUMBConv
+from blip3o_jax.nn.norms import RMSNorm
+
+
+def normal(*shape, seed=0):
+  return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def random_params(module, x):
+  shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), x))["params"]
+  leaves, tree = jax.tree.flatten(shapes)
+  return jax.tree.unflatten(tree, [normal(*p.shape, seed=i) for i, p in enumerate(leaves)])
+
+
+@pytest.mark.parametrize("source", [3, 40])
+def test_linear_attention_is_normalised_relu_attention(source):
+  q, k, v = 1e-6 * normal(2, 5, 3, 4), normal(2, source, 3, 4, seed=1), normal(2, source, 3, 4, seed=2)
+  scores = np.einsum("blhk,bshk->bhls", np.maximum(q, 0), np.maximum(k, 0))
+  weights = scores / (scores.sum(axis=-1, keepdims=True) + 1e-15)
+  assert relative_error(linear_attention(q, k, v), np.einsum("bhls,bshk->blhk", weights, v)) < 1e-5
+
+
+def test_linear_attention_of_a_query_that_sees_nothing():
+  k, v = normal(1, 6, 1, 4), normal(1, 6, 1, 4, seed=1)
+  assert not np.asarray(linear_attention(-jnp.ones((1, 2, 1, 4)), k, v)).any()
+
+
+def test_linear_attention_sums_in_float32():
+  """4096 keys of 20 sum to more than float16 holds."""
+  k, v = jnp.full((1, 4096, 1, 2), 20, jnp.float16), jnp.asarray(normal(1, 4096, 1, 2), jnp.float16)
+  out = linear_attention(k[:, :1], k, v)
+  assert out.dtype == jnp.float16
+  np.testing.assert_allclose(out[0, 0, 0], np.asarray(v, np.float32).mean(axis=(0, 1, 2)), atol=1e-3)
+
+
+@pytest.mark.parametrize("kernel_size, use_bias", [(3, True), (5, False)])
+def test_depthwise_is_a_grouped_convolution(kernel_size, use_bias):
+  module, x = DepthwiseConv(kernel_size, use_bias), normal(2, 6, 4, 3)
+  params = random_params(module, x)
+  same = kernel_size // 2
+  expected = jax.lax.conv_general_dilated(
+    x,
+    params["kernel"],
+    (1, 1),
+    [(same, same)] * 2,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    feature_group_count=3,
+  )
+  assert set(params) == ({"kernel", "bias"} if use_bias else {"kernel"})
+  assert relative_error(module.apply({"params": params}, x), expected + params.get("bias", 0)) < 1e-5
+
+
+def test_gated_convolution():
+  module, x = GLUMBConv(6), normal(1, 3, 3, 4)
+  params = random_params(module, x)
+  silu = lambda z: z / (1 + np.exp(-z))
+  y = silu(x @ params["widen"]["kernel"] + params["widen"]["bias"])
+  y = np.asarray(DepthwiseConv().apply({"params": params["depthwise"]}, y))
+  expected = (y[..., :6] * silu(y[..., 6:])) @ params["narrow"]["kernel"]
+  assert set(params["narrow"]) == {"kernel"}
+  assert relative_error(module.apply({"params": params}, x), expected) < 1e-5
+
+
+def test_rms_norm_with_a_bias():
+  module, x = RMSNorm(1e-3, use_bias=True), normal(2, 5)
+  params = random_params(module, x)
+  expected = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-3) * params["scale"] + params["bias"]
+  assert relative_error(module.apply({"params": params}, x), expected) < 1e-6
+  assert set(random_params(RMSNorm(), x)) == {"scale"}
