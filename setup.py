@@ -26,7 +26,7 @@ BASE = [
   "clu>=0.0.12",
   "absl-py>=2",
   "etils[epath]>=1.12",
-  "safetensors>=0.5",
+  "huggingface_hub>=0.30",
   "ml_dtypes>=0.5",
   "pillow>=10.1",
   "numpy>=2",
@@ -40,7 +40,7 @@ EXTRAS = {
   "torch": ["torch>=2.6", "diffusers>=0.35"],
   "tensorboard": ["tensorflow>=2.18", "tensorboard>=2.18"],
   "demo": ["gradio>=5"],
-  "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"],
+  "test": ["safetensors>=0.5", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"],
 }
 
 

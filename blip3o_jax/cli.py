@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blip3o_jax import __version__
-from blip3o_jax.errors import CheckFailed, Preempted, UserError
+from blip3o_jax.errors import CheckFailed, Preempted, Problems, UserError
 
 EXIT_CHECK_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75  # 75 is EX_TEMPFAIL: run me again
 
@@ -76,7 +76,9 @@ def _terminated(number, frame):
 
 def _told(error: object, status: int) -> int:
   sys.stdout.flush()
-  print(f"blip3o: {' '.join(str(error).split())}", file=sys.stderr)
+  # One line, whatever some library wrote into the message; a list of problems has its own.
+  text = str(error) if isinstance(error, Problems) else " ".join(str(error).split())
+  print(f"blip3o: {text}", file=sys.stderr)
   return status
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from blip3o_jax import cli
-from blip3o_jax.errors import CheckFailed, Preempted, UserError
+from blip3o_jax.errors import CheckFailed, Preempted, Problems, UserError
 
 
 def run(*words):
@@ -192,10 +192,21 @@ def test_quickstart_and_verify_pass_on_what_they_are_given(replace, tmp_path):
 
 def test_convert_passes_on_format_and_dtype(replace, tmp_path, capsys):
   called = []
-  replace("blip3o_jax.porting.model_dir", convert_dir=lambda *a, **k: called.append((a, k)) or a[1])
+  replace("blip3o_jax.porting.locate", convert_model=lambda *a, **k: called.append((a, k)) or ["left out: x", a[1]])
   assert run("convert", "--from", "micro", "--to", tmp_path / "new", "--dtype", "float16") == 0
-  assert called == [(("micro", tmp_path / "new"), {"format": "safetensors", "dtype": "float16"})]
-  assert capsys.readouterr().out == f"{tmp_path / 'new'}\n"
+  assert called == [(("micro", tmp_path / "new"), {"format": None, "part": None, "dtype": "float16"})]
+  assert capsys.readouterr().out == f"left out: x\n{tmp_path / 'new'}\n"
+
+
+def test_many_problems_are_a_line_each(replace, tmp_path, capsys):
+  def fail(*args, **kwargs):
+    raise Problems("weights that do not fit", ["a: expected [2],\n found [3]", "b: expected [4], found nothing"])
+
+  replace("blip3o_jax.porting.locate", convert_model=fail)
+  assert run("convert", "--from", "micro", "--to", tmp_path / "new") == 2
+  assert capsys.readouterr().err == (
+    "blip3o: 2 weights that do not fit:\n  a: expected [2], found [3]\n  b: expected [4], found nothing\n"
+  )
 
 
 def test_data_in_one_process_each(tmp_path):

@@ -419,6 +419,7 @@ class ContentHash:
     self._digest.update(array.reshape(-1).view(np.uint8).data)
 
   def hexdigest(self) -> str:
+    """The hash of all that came so far."""
     return self._digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import Problems, UserError
 
 _DTYPES = {
   "F64": np.float64,
@@ -38,7 +38,6 @@ _DTYPES = {
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_HEADER = 100_000_000  # bytes, the limit of the format
-_SHOWN = 40  # problems told in one error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,10 +252,9 @@ def _read_header(file: epath.Path, problems: list[str]) -> dict[str, _Tensor]:
 
 
 def tell(problems: Sequence[str], head: str) -> None:
-  """Raise one UserError that lists every problem, if there is any."""
+  """Raise one error that lists every problem, if there is any."""
   if problems := list(dict.fromkeys(problems)):
-    more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-    raise UserError("\n  ".join([f"{len(problems)} {head}:", *problems[:_SHOWN], *more]))
+    raise Problems(head, problems)
 
 
 def write(
