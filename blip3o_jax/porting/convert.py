@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from blip3o_jax.errors import UserError
-from blip3o_jax.porting.safetensors_io import Spec, spec, tell
+from blip3o_jax.porting.safetensors_io import Spec, Stored, pieces, spec, tell
 from blip3o_jax.types import Params
 
 _HOLE = re.compile(r"\{(\w+|\*)\}")
@@ -211,6 +211,13 @@ class Canonical(Mapping[str, np.ndarray]):
 
   def __len__(self) -> int:
     return len(self._keys)
+
+  def stream(self, name: str, dtype: np.dtype) -> Stored:
+    """The array as `dtype`; piece by piece, without ever being in memory, where it lies in a file just so."""
+    keys = self._keys[name]
+    if len(keys) == 1 and hasattr(self._reader, "stream") and self.spec(name).dtype == dtype:
+      return self._reader.stream(keys[0])
+    return cast(self[name], dtype)
 
   def spec(self, name: str) -> Spec:
     """Shape and dtype, without reading."""
@@ -413,21 +420,26 @@ class ContentHash:
   def __init__(self):
     self._digest = hashlib.sha256()
 
-  def update(self, key: str, array: np.ndarray) -> None:
-    """The next array, in sorted order of keys."""
-    self._digest.update(f"{key}\0{array.dtype.name}\0{','.join(map(str, array.shape))}\0".encode())
-    self._digest.update(array.reshape(-1).view(np.uint8).data)
+  def begin(self, key: str, spec: Any) -> None:
+    """The next array, in sorted order of keys; anything with a shape and a dtype."""
+    self._digest.update(f"{key}\0{np.dtype(spec.dtype).name}\0{','.join(map(str, spec.shape))}\0".encode())
+
+  def update(self, piece: memoryview) -> None:
+    """The next bytes of that array."""
+    self._digest.update(piece)
 
   def hexdigest(self) -> str:
     """The hash of all that came so far."""
     return self._digest.hexdigest()
 
 
-def content_hash(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
+def content_hash(arrays: Iterable[tuple[str, Stored]]) -> str:
   """See ContentHash; `arrays` as `to_reference` gives them."""
   digest = ContentHash()
   for key, array in arrays:
-    digest.update(key, array)
+    digest.begin(key, array)
+    for piece in pieces(array):
+      digest.update(piece)
   return digest.hexdigest()
 
 

@@ -25,7 +25,7 @@ from etils import epath
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
 from blip3o_jax.porting import convert, rules, safetensors_io
-from blip3o_jax.porting.safetensors_io import Spec
+from blip3o_jax.porting.safetensors_io import Spec, Stored, Stream, pieces
 from blip3o_jax.porting.source import TOKENIZER_FILES, OrbaxWeights, Source, default_preprocessor
 from blip3o_jax.sharding.distributed import barrier
 from blip3o_jax.types import Params
@@ -224,16 +224,25 @@ def _write_arrays(root: epath.Path, name: str, specs: Mapping[str, Spec], arrays
     return {}
   digest, where = convert.ContentHash(), root / _WEIGHTS / name
   where.mkdir(parents=True)
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+  with concurrent.futures.ThreadPoolExecutor(1) as pool, local(where / _SAFETENSORS) as path:
 
-    def hashed() -> Iterator[tuple[str, np.ndarray]]:
+    def hashed() -> Iterator[tuple[str, Stream]]:
       for key, array in arrays:
-        job = pool.submit(digest.update, key, array)  # beside the writing: each takes about as long
-        yield key, array
+        digest.begin(key, array)
+        yield key, Stream(array.shape, array.dtype, beside(array))
+
+    def beside(array: Stored) -> Iterator[memoryview]:
+      """Hash each piece while it is written and the next one is read: that takes about as long."""
+      job = None
+      for piece in pieces(array):
+        if job:
+          job.result()
+        job = pool.submit(digest.update, piece)
+        yield piece
+      if job:
         job.result()
 
-    with local(where / _SAFETENSORS) as path:
-      safetensors_io.write(path, specs, hashed())
+    safetensors_io.write(path, specs, hashed())
   return _entry("safetensors", specs, digest.hexdigest())
 
 

@@ -4,6 +4,7 @@ Pickled weights (.bin, .pt) are refused: loading a pickle runs whatever code is 
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -37,6 +38,7 @@ _DTYPES = {
 }
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PIECE = 1 << 22  # bytes, small enough for a cache
 _MAX_HEADER = 100_000_000  # bytes, the limit of the format
 
 
@@ -63,20 +65,37 @@ class Reader(Mapping[str, np.ndarray]):
 
   def __init__(self, tensors: Mapping[str, _Tensor]):
     self._tensors = dict(tensors)
+    self._buffers: list[memoryview] = []
     self.bytes_read = 0
 
   def __getitem__(self, key: str) -> np.ndarray:
     tensor = self._tensors[key]
     buffer = np.empty(tensor.count, np.uint8)
+    for _ in self._read_into(tensor, itertools.repeat(memoryview(buffer))):
+      pass
+    return buffer.view(tensor.dtype).reshape(tensor.shape)
+
+  def stream(self, key: str) -> "Stream":
+    """The array's bytes in pieces. A piece is overwritten when the second after it is asked for, of this array or of
+    the next: one stream at a time."""
+    tensor = self._tensors[key]
+    self._buffers = self._buffers or [memoryview(bytearray(_PIECE)) for _ in range(2)]
+    return Stream(tensor.shape, tensor.dtype, self._read_into(tensor, itertools.cycle(self._buffers)))
+
+  def _read_into(self, tensor: _Tensor, buffers: Iterator[memoryview]) -> Iterator[memoryview]:
+    """Fill one buffer after another until the array is read (one as large as the array, or smaller ones)."""
+    left = tensor.count
     with tensor.file.open("rb") as file:
       file.seek(tensor.offset)
-      view, done = memoryview(buffer), 0
-      while done < tensor.count:  # one call reads at most 2 GiB
-        if not (got := file.readinto(view[done:])):
-          raise UserError(f"{tensor.file}: became shorter while it was read; copy it again")
-        done += got
-    self.bytes_read += tensor.count
-    return buffer.view(tensor.dtype).reshape(tensor.shape)
+      while left:
+        piece, done = next(buffers)[:left], 0
+        while done < len(piece):  # one call reads at most 2 GiB
+          if not (got := file.readinto(piece[done:])):
+            raise UserError(f"{tensor.file}: became shorter while it was read; copy it again")
+          done += got
+        left -= done
+        self.bytes_read += done
+        yield piece
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._tensors)
@@ -92,6 +111,23 @@ class Reader(Mapping[str, np.ndarray]):
 
   def dtype(self, key: str) -> np.dtype:
     return self._tensors[key].dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """An array that is read piece by piece: its C-order bytes."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  pieces: Iterator[memoryview]
+
+
+Stored = np.ndarray | Stream
+
+
+def pieces(array: Stored) -> Iterator[memoryview]:
+  """The bytes of an array, which is in memory and contiguous or comes in pieces."""
+  return array.pieces if isinstance(array, Stream) else iter([array.reshape(-1).view(np.uint8).data])
 
 
 class Renamed(Mapping[str, np.ndarray]):
@@ -111,6 +147,11 @@ class Renamed(Mapping[str, np.ndarray]):
 
   def __len__(self) -> int:
     return len(self._names)
+
+  def stream(self, key: str) -> Stored:
+    """As that of `Reader`."""
+    name = self._names[key]
+    return self._reader.stream(name) if hasattr(self._reader, "stream") else np.ascontiguousarray(self._reader[name])
 
   def shape(self, key: str) -> tuple[int, ...]:
     return spec(self._reader, self._names[key]).shape
@@ -260,7 +301,7 @@ def tell(problems: Sequence[str], head: str) -> None:
 def write(
   path: os.PathLike | str,
   specs: Mapping[str, Any],
-  arrays: Iterable[tuple[str, np.ndarray]],
+  arrays: Iterable[tuple[str, Stored]],
   metadata: Mapping[str, str] | None = None,
 ) -> None:
   """Write one safetensors file, holding one array at a time; `path` appears complete or not at all.
@@ -293,7 +334,8 @@ def write(
         name, spec = next(expected, (None, None))
         if key != name or array.shape != tuple(spec.shape) or array.dtype != spec.dtype:
           raise ValueError(f"{key} {array.shape} {array.dtype} where {name} {spec} was announced")
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        for piece in pieces(array):
+          file.write(piece)
       if (left := next(expected, None)) is not None:
         raise ValueError(f"{left[0]} was announced but not given")
       file.flush()

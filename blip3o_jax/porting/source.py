@@ -21,7 +21,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
 from blip3o_jax.models.blip3o import CLIP_MEAN, CLIP_STD, Blip3o, Blip3oConfig
 from blip3o_jax.porting import convert, rules
-from blip3o_jax.porting.safetensors_io import Spec, tell
+from blip3o_jax.porting.safetensors_io import Spec, Stored, tell
 from blip3o_jax.types import Params
 
 # What transformers may keep a tokenizer in.
@@ -67,6 +67,7 @@ class Source:
   preprocessor: dict[str, Any] | None = None
   sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
   provenance: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  _fits: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
   @property
   def components(self) -> tuple[str, ...]:
@@ -107,15 +108,13 @@ class Source:
 
   def check(self, names: Sequence[str] | None = None, abstract: Mapping[str, Params] | None = None) -> None:
     """Whether keys and shapes fit the configuration (Orbax trees are checked when read). Raises UserError."""
-    names = self.components if names is None else names
-    abstract = abstract_params(self.config(), names) if abstract is None else abstract
     problems = []
-    for name in names:
+    for name in self.components if names is None else names:
       if not isinstance(found := self.weights[name], OrbaxWeights):
-        problems += convert.fit(rules.get(name), found, abstract[name])[1]
+        problems += (convert.fit(rules.get(name), found, abstract[name]) if abstract else self._fit(name))[1]
     tell(problems, f"weights of {self.name} that do not fit the model")
 
-  def reference(self, name: str, dtype: Any = None) -> tuple[dict[str, Spec], Iterator[tuple[str, np.ndarray]]]:
+  def reference(self, name: str, dtype: Any = None) -> tuple[dict[str, Spec], Iterator[tuple[str, Stored]]]:
     """A component in the reference's names, sorted: shapes and dtypes, and the arrays as they are read one by one.
 
     Args:
@@ -128,11 +127,11 @@ class Source:
     if isinstance(found, OrbaxWeights):
       tree = self.read_as_stored(name)
       return convert.reference_specs(table, tree, dtype), convert.to_reference(table, tree, dtype)
-    weights, problems = convert.fit(table, found, abstract_params(self.config(), (name,))[name])
+    weights, problems = self._fit(name)
     tell(problems, f"weights of {self.name} that do not fit the model")
     specs = {key: weights.spec(key) for key in sorted(weights)}
     specs = {key: Spec(spec.shape, convert.stored_dtype(spec.dtype, dtype)) for key, spec in specs.items()}
-    return specs, ((key, convert.cast(weights[key], dtype)) for key in specs)
+    return specs, ((key, weights.stream(key, spec.dtype)) for key, spec in specs.items())
 
   def read_as_stored(self, name: str) -> Params:
     """A component as `read` gives it, each leaf in the dtype in which it is stored (the widest of its layers)."""
@@ -143,11 +142,8 @@ class Source:
 
   def dropped(self) -> list[str]:
     """Keys that are knowingly left out."""
-    keys, abstract = [], abstract_params(self.config(), self.components)
-    for name, found in self.weights.items():
-      if not isinstance(found, OrbaxWeights):
-        keys += convert.fit(rules.get(name), found, abstract[name])[0].dropped
-    return keys
+    read = [name for name, found in self.weights.items() if not isinstance(found, OrbaxWeights)]
+    return [key for name in read for key in self._fit(name)[0].dropped]
 
   def content_hash(self, name: str) -> str:
     """The content hash of a component; weights in the release's layout do not state it, so they are read."""
@@ -172,6 +168,13 @@ class Source:
   def image_preprocessor(self) -> dict[str, Any]:
     """How pictures enter the understanding tower, in the keys of the reference's preprocessor_config.json."""
     return self.preprocessor or default_preprocessor(self.config())
+
+  def _fit(self, name: str) -> tuple[convert.Canonical, list[str]]:
+    """The weights of a component under canonical names, and what keeps them from fitting the configuration."""
+    if name not in self._fits:
+      abstract = abstract_params(self.config(), (name,))[name]
+      self._fits[name] = convert.fit(rules.get(name), self.weights[name], abstract)
+    return self._fits[name]
 
   def _weights(self, name: str) -> Mapping[str, Any] | OrbaxWeights:
     if name not in self.weights:
