@@ -19,15 +19,17 @@ from blip3o_jax.inference import text as talking
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.models.qwen2_5_vl import Qwen25VL
 from blip3o_jax.porting.locate import open_model
+from blip3o_jax.porting.source import abstract_params
 
 Picture = Image.Image | np.ndarray | str | os.PathLike
 _BUCKET = 16  # prompts are padded to a multiple of this, so that few programs serve all lengths
 
 
-def load(name_or_path: str | os.PathLike, *, dtype: str = "bfloat16") -> "Model":
-  """Open a model directory, or a bundled model by its name ("micro").
+def load(name_or_path: str | os.PathLike, *, mesh: jax.sharding.Mesh | None = None, dtype: str = "bfloat16") -> "Model":
+  """Open a model directory, the release's layout, a hub id, or a bundled model by its name ("micro").
 
   Args:
+    mesh: spread the weights over its devices by sharding.rules, each leaf as it is read. None: the default device.
     dtype: of weights and computation. On a CPU float32 is used in its place, which is faster there and exact.
 
   Raises:
@@ -39,7 +41,7 @@ def load(name_or_path: str | os.PathLike, *, dtype: str = "bfloat16") -> "Model"
   names = tuple(name for name in source.components if name != "text_tower")
   return Model(
     Blip3o(source.config(), dtype=jnp.dtype(dtype)),
-    source.read(names, dtype=jnp.dtype(dtype)),
+    source.read(names, abstract_params(source.config(), names, mesh=mesh), dtype=jnp.dtype(dtype)),
     load_tokenizer(source.tokenizer_dir()),
     vision.ImageProcessor.from_reference(source.image_preprocessor()),
     _replaced(drawing.Sampling(), source.sampling),

@@ -22,6 +22,7 @@ from blip3o_jax.models import presets
 from blip3o_jax.models.blip3o import CLIP_MEAN, CLIP_STD, Blip3o, Blip3oConfig
 from blip3o_jax.porting import convert, rules
 from blip3o_jax.porting.safetensors_io import Spec, Stored, tell
+from blip3o_jax.sharding import rules as sharding_rules
 from blip3o_jax.types import Params
 
 # What transformers may keep a tokenizer in.
@@ -182,17 +183,22 @@ class Source:
     return self.weights[name]
 
 
-def abstract_params(config: Blip3oConfig, names: Sequence[str], dtype: Any = None) -> dict[str, Any]:
-  """{component: nested dict of ShapeDtypeStruct}, in float32 or `dtype`."""
-  return {
-    name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), _shapes(config, name))
-    for name in names
-  }
+def abstract_params(
+  config: Blip3oConfig, names: Sequence[str], dtype: Any = None, mesh: jax.sharding.Mesh | None = None
+) -> dict[str, Any]:
+  """{component: nested dict of ShapeDtypeStruct}, in float32 or `dtype`; with a mesh, sharded by the rules."""
+  params = {}
+  for name in names:
+    boxed = _shapes(config, name)
+    tree = nn.unbox(boxed) if mesh is None else sharding_rules.placed(mesh, boxed)
+    give = lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=x.sharding)
+    params[name] = jax.tree.map(give, tree)
+  return params
 
 
 @functools.lru_cache(maxsize=64)  # tracing the largest component takes seconds
 def _shapes(config: Blip3oConfig, name: str) -> Params:
-  return jax.eval_shape(lambda: nn.unbox(Blip3o(config).init_components(jax.random.key(0), (name,))))[name]
+  return jax.eval_shape(lambda: Blip3o(config).init_components(jax.random.key(0), (name,)))[name]
 
 
 def default_preprocessor(config: Blip3oConfig) -> dict[str, Any]:

@@ -68,6 +68,15 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
   return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
+def placed(mesh: Mesh, boxed: Any) -> Any:
+  """The tree of `nn.unbox(boxed)`, each leaf a ShapeDtypeStruct with its sharding."""
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    nn.unbox(boxed),
+    shardings(mesh, boxed),
+  )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Every array of a batch is cut along its first axis."""
   return NamedSharding(mesh, PartitionSpec(_TABLE["batch"]))

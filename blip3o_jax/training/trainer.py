@@ -191,7 +191,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
   objectives.check(config.objective, config.objective_args.to_dict(), trained)
   frozen = jax.eval_shape(lambda x: state.cast(x, dtype), frozen)
   fresh = jax.eval_shape(lambda x: state.create(x, optimizer, ema=bool(config.ema_decay)), trained)
-  frozen, fresh = _placed(mesh, frozen), _placed(mesh, fresh)
+  frozen, fresh = rules.placed(mesh, frozen), rules.placed(mesh, fresh)
 
   # A convolution inside a rolled loop is some twenty times slower on the CPU back end.
   unroll = mesh.devices.flat[0].platform == "cpu"
@@ -270,15 +270,6 @@ def export(config: ConfigDict, program: Program, params: Params, directory: Path
       "machine": f"{program.mesh.size} x {program.mesh.devices.flat[0].device_kind}, jax {jax.__version__}",
       **facts,
     },
-  )
-
-
-def _placed(mesh: Mesh, boxed: Any) -> Any:
-  """Unboxed ShapeDtypeStructs with their final shardings."""
-  return jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-    nn.unbox(boxed),
-    rules.shardings(mesh, boxed),
   )
 
 
