@@ -11,14 +11,19 @@ class UserError(Exception):
 
 
 class Problems(UserError):
-  """Several things wrong with one input: a line that counts them, then a line each (the first 40)."""
+  """What is wrong with one input: one line, or if it is several things a line that counts them and a line each (the
+  first 40)."""
 
   _SHOWN = 40
 
   def __init__(self, head: str, problems: Sequence[str]):
-    lines = [f"  {' '.join(problem.split())}" for problem in problems[: self._SHOWN]]
+    self.problems = [" ".join(problem.split()) for problem in problems]
+    if len(self.problems) == 1:
+      super().__init__(f"{head}: {self.problems[0]}")
+      return
+    lines = [f"  {problem}" for problem in self.problems[: self._SHOWN]]
     more = [f"  ... and {len(problems) - self._SHOWN} more"] if len(problems) > self._SHOWN else []
-    super().__init__("\n".join([f"{len(problems)} {head}:", *lines, *more]))
+    super().__init__("\n".join([f"{head}, {len(problems)} problems:", *lines, *more]))
 
 
 class CheckFailed(Exception):

@@ -200,12 +200,12 @@ def test_convert_passes_on_format_and_dtype(replace, tmp_path, capsys):
 
 def test_many_problems_are_a_line_each(replace, tmp_path, capsys):
   def fail(*args, **kwargs):
-    raise Problems("weights that do not fit", ["a: expected [2],\n found [3]", "b: expected [4], found nothing"])
+    raise Problems("x does not fit", ["a: expected [2],\n found [3]", "b: expected [4], found nothing"])
 
   replace("blip3o_jax.porting.locate", convert_model=fail)
   assert run("convert", "--from", "micro", "--to", tmp_path / "new") == 2
   assert capsys.readouterr().err == (
-    "blip3o: 2 weights that do not fit:\n  a: expected [2], found [3]\n  b: expected [4], found nothing\n"
+    "blip3o: x does not fit, 2 problems:\n  a: expected [2], found [3]\n  b: expected [4], found nothing\n"
   )
 
 

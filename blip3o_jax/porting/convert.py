@@ -294,7 +294,7 @@ def to_ours(
     UserError: unknown or ambiguous keys, unfilled parameters, misfitting shapes: all of them in one message.
   """
   found, problems = fit(rules, reader, abstract)
-  tell(problems, "weights that do not fit the model")
+  tell(problems, "weights do not fit the model")
   leaves, done = flatten(abstract), {}
   for paths, outputs in itertools.groupby(_outputs(rules, leaves), key=lambda out: out.paths):
     arrays = [np.empty(leaves[path].shape, leaves[path].dtype) for path in paths]
@@ -365,7 +365,7 @@ def _outputs(rules: Sequence[Rule], leaves: Mapping[str, Any]) -> list[_Output]:
     for index in itertools.product(*(range(n) for n in leaf.shape[: len(rule.stacked)])):
       key = _fill(rule.source, numbers | dict(zip(rule.stacked, index, strict=True)))
       outputs.append(_Output(key, rule, paths, index))
-  tell(problems, "parameters that no table can hold")
+  tell(problems, "parameters do not fit the table")
   return outputs
 
 
@@ -390,7 +390,7 @@ def reference_specs(rules: Sequence[Rule], abstract: Params, dtype: Any = None) 
       )
       continue
     specs[out.key] = Spec(shape, stored_dtype(leaf.dtype, dtype))
-  tell(problems, "parameters that no table can hold")
+  tell(problems, "parameters do not fit the table")
   return specs
 
 

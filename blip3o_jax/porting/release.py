@@ -21,7 +21,7 @@ from etils import epath
 
 from blip3o_jax.data.tokenizer import IMAGE_TOKENS, load_tokenizer
 from blip3o_jax.diffusion.euler_discrete import EulerDiscreteConfig
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import Problems, UserError
 from blip3o_jax.models import presets
 from blip3o_jax.models.autoencoder_kl import AutoencoderKLConfig
 from blip3o_jax.models.blip3o import Blip3oConfig
@@ -59,9 +59,11 @@ def open_release(path: os.PathLike | str, name: str = "") -> Source:
   def opened(where: epath.Path) -> Mapping[str, Any]:
     try:
       return safetensors_io.open_weights(where)
+    except Problems as error:
+      problems.extend(error.problems)
     except UserError as error:
       problems.append(str(error))
-      return {}
+    return {}
 
   if path.is_file():
     weights = _transformer_parts(opened(path))
@@ -73,7 +75,7 @@ def open_release(path: os.PathLike | str, name: str = "") -> Source:
       weights = _transformer_parts(opened(path))
     decoder = path / DECODER if (path / DECODER).is_dir() else path
     weights |= {part: opened(_diffusers_file(decoder / part)) for part in ("unet", "vae") if (decoder / part).is_dir()}
-  safetensors_io.tell(problems, f"problems with {name}")
+  safetensors_io.tell(problems, name)
   weights = {part: weights[part] for part in PARTS if part in weights}
   if not weights:
     raise UserError(f"{name}: not a model: neither {model_dir.MANIFEST} nor weights of the release's layout")

@@ -228,7 +228,7 @@ def _open_index(index: epath.Path) -> Reader:
       tensors[name] = _read_header(index.parent / name, problems)
   absent = [key for key, name in weight_map.items() if name in tensors and tensors[name] and key not in tensors[name]]
   problems += [f"{key}: expected in {weight_map[key]} (says {index.name}), found nothing" for key in absent]
-  tell(problems, f"problems with the files of {index.parent}")
+  tell(problems, f"{index.parent}")
   return Reader({key: tensors[name][key] for key, name in weight_map.items()})
 
 
@@ -239,7 +239,7 @@ def _open_files(files: Iterable[epath.Path]) -> Reader:
     for key, tensor in _read_header(file, problems).items():
       if tensors.setdefault(key, tensor) is not tensor:
         problems.append(f"{file}: {key} is also in {tensors[key].file.name}; keep one of them")
-  tell(problems, "problems with the weights")
+  tell(problems, "weights")
   return Reader(tensors)
 
 

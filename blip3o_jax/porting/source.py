@@ -113,7 +113,7 @@ class Source:
     for name in self.components if names is None else names:
       if not isinstance(found := self.weights[name], OrbaxWeights):
         problems += (convert.fit(rules.get(name), found, abstract[name]) if abstract else self._fit(name))[1]
-    tell(problems, f"weights of {self.name} that do not fit the model")
+    tell(problems, f"{self.name} does not fit the model")
 
   def reference(self, name: str, dtype: Any = None) -> tuple[dict[str, Spec], Iterator[tuple[str, Stored]]]:
     """A component in the reference's names, sorted: shapes and dtypes, and the arrays as they are read one by one.
@@ -129,7 +129,7 @@ class Source:
       tree = self.read_as_stored(name)
       return convert.reference_specs(table, tree, dtype), convert.to_reference(table, tree, dtype)
     weights, problems = self._fit(name)
-    tell(problems, f"weights of {self.name} that do not fit the model")
+    tell(problems, f"{self.name} does not fit the model")
     specs = {key: weights.spec(key) for key in sorted(weights)}
     specs = {key: Spec(spec.shape, convert.stored_dtype(spec.dtype, dtype)) for key, spec in specs.items()}
     return specs, ((key, weights.stream(key, spec.dtype)) for key, spec in specs.items())

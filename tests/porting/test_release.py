@@ -321,7 +321,7 @@ def test_all_problems_are_told_and_the_target_stays(tmp_path):
   with pytest.raises(UserError) as error:
     convert_model(folder, tmp_path / "out")
   for text in (
-    "5 weights",
+    "does not fit the model, 5 problems",
     "model.stranger: expected no such key",
     "model.norm.weight: expected [",
     "found [7]",

@@ -109,7 +109,7 @@ def test_all_that_is_wrong_with_an_index_is_told_at_once(tmp_path):
   with pytest.raises(UserError) as error:
     safetensors_io.open_weights(tmp_path)
   for text in (
-    "4 problems",
+    ", 4 problems:",
     "model.safetensors.index.json: a: is named twice",
     "names a file outside its directory ('../x.safetensors')",
     "model-2.safetensors: corrupt or truncated",
