@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,10 +24,12 @@ from blip3o_jax.diffusion.euler_discrete import EulerDiscreteConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
 from blip3o_jax.models.autoencoder_kl import AutoencoderKLConfig
-from blip3o_jax.models.blip3o import Blip3oConfig
+from blip3o_jax.models.blip3o import BackboneConfig, Blip3oConfig
 from blip3o_jax.models.eva_clip import EvaClipConfig
 from blip3o_jax.models.next_dit import NextDiTConfig
 from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig
+from blip3o_jax.models.qwen3_siglip import Qwen3SiglipConfig
+from blip3o_jax.models.text_decoder import TextDecoderConfig
 from blip3o_jax.models.unet import UNetConfig
 from blip3o_jax.porting import model_dir, safetensors_io
 from blip3o_jax.porting.rules import blip3o
@@ -40,6 +42,7 @@ PARTS = ("backbone", "queries", "dit", "clip", "unet", "vae")
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 _DIFFUSERS = "diffusion_pytorch_model"
 QWEN_TOKENS = 151665  # of Qwen2.5-VL's own tokenizer (spec 4.1)
+_PUBLISHED = ("blip3o-8b", "blip3o-4b", "blip3o-qwen3-siglip2", "blip3o-study")
 _SHARD = 5_000_000_000  # bytes, as transformers writes them
 
 
@@ -134,12 +137,13 @@ def _json(path: epath.Path) -> dict[str, Any]:
 def _model_config(home: epath.Path, config: Mapping[str, Any], weights: Mapping[str, Mapping]) -> Blip3oConfig:
   """The architecture, from the config files and the shapes of the tensors; what is not there is the preset's."""
   shapes = {part: {key: spec(reader, key).shape for key in reader} for part, reader in weights.items()}
+  kind = _backbone_kind(config, shapes["backbone"]) if "backbone" in shapes else Qwen25VLConfig
   dim = config.get("hidden_size") or config.get("text_config", {}).get("hidden_size")
-  model = presets.get("blip3o-4b" if dim == presets.QWEN_3B.text.dim else "blip3o-8b")
+  model = presets.get(_closest(kind, dim))
   parts: dict[str, Any] = {}
   if "backbone" in shapes:
-    parts["backbone"] = Qwen25VLConfig.from_reference(config, shapes["backbone"])
-    parts["dit"] = dataclasses.replace(model.dit, condition_dim=parts["backbone"].text.dim)
+    parts["backbone"] = kind.from_reference(config, shapes["backbone"])
+    parts["dit"] = dataclasses.replace(model.dit, condition_dim=parts["backbone"].dim)
   if "queries" in shapes:
     parts["queries"] = shapes["queries"]["latent_queries"][1]
   if "dit" in shapes:
@@ -162,9 +166,23 @@ def _model_config(home: epath.Path, config: Mapping[str, Any], weights: Mapping[
   return dataclasses.replace(model, **parts)
 
 
+def _backbone_kind(config: Mapping[str, Any], keys: Collection[str]) -> type[BackboneConfig]:
+  """Which of the backbones a checkpoint holds. Its tower tells; the release's model_type is a name of its own."""
+  if any(key.startswith("model.vision_tower.") for key in keys):
+    return Qwen3SiglipConfig
+  sees = "vision_config" in config or any("visual." in key for key in keys)
+  return Qwen25VLConfig if sees else TextDecoderConfig
+
+
+def _closest(kind: type[BackboneConfig], dim: int | None) -> str:
+  """The published preset with a backbone of this kind, and of this width if there is one."""
+  names = [name for name in _PUBLISHED if type(presets.get(name).backbone) is kind]
+  return next((name for name in names if presets.get(name).backbone.dim == dim), names[0])
+
+
 def _describe(config: Blip3oConfig) -> tuple[str, dict[str, Any]]:
   """The published preset closest by its backbone, and where the config differs from it."""
-  preset = "blip3o-4b" if config.backbone.text.dim == presets.QWEN_3B.text.dim else "blip3o-8b"
+  preset = _closest(type(config.backbone), config.backbone.dim)
   return preset, model_dir.plain(presets.difference(presets.get(preset), config))
 
 
@@ -271,7 +289,8 @@ def write(
     if "backbone" in names:
       if source.tokenizer:
         model_dir.take_tokenizer(source.tokenizer_dir(), out)
-      _write_json(out / _PREPROCESSOR, {"image_processor_type": "Qwen2VLImageProcessor"} | source.image_preprocessor())
+      if preprocessor := source.image_preprocessor():
+        _write_json(out / _PREPROCESSOR, {"image_processor_type": "Qwen2VLImageProcessor"} | preprocessor)
   return epath.Path(directory), left
 
 
@@ -280,7 +299,7 @@ def _top_config(source: Source, config: Blip3oConfig, names: list[str], dtypes: 
   if "backbone" in names:
     content |= config.backbone.to_reference()
   if "queries" in names:
-    content |= {"n_query": config.queries, "n_und_query": 0, "latent_embedding_size": config.backbone.text.dim}
+    content |= {"n_query": config.queries, "n_und_query": 0, "latent_embedding_size": config.backbone.dim}
   if "clip" in names:
     content |= config.clip.to_reference()
   content["torch_dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
