@@ -4,7 +4,8 @@ config.json, model*.safetensors          backbone, queries, DiT, perhaps the CLI
 diffusion-decoder/{unet,vae,scheduler}/  config.json and diffusion_pytorch_model*.safetensors, as diffusers saves them
 tokenizer.json, ..., preprocessor_config.json
 
-Read as well: Qwen2.5-VL-Instruct alone, made ready for the queries; EVA-CLIP's file alone; one part that `write` wrote.
+Read as well: Qwen2.5-VL-Instruct alone, made ready for the queries; the other backbones (spec part 8), told by their
+keys; EVA-CLIP's file alone; one part that `write` wrote.
 What the release cannot say (the paper's rotary axes, the miniature's position codes) stands in config.json under OURS.
 """
 
