@@ -7,6 +7,9 @@ import numpy as np
 
 from blip3o_jax.models import presets
 from blip3o_jax.models.blip3o import COMPONENTS, Blip3o, Blip3oConfig
+from blip3o_jax.models.qwen3_siglip import Qwen3SiglipConfig
+from blip3o_jax.models.siglip import SiglipConfig
+from blip3o_jax.models.text_decoder import RopeScaling, TextDecoderConfig
 from blip3o_jax.porting import source
 
 # Of the preset "micro". Pictures 16 x 16, encoder tokens 4 x 4 pooled to 2 x 2, latents 4 x 4.
@@ -63,6 +66,25 @@ OVERRIDES = {
   "image_size": 16,
 }
 
+# The backbones beside the miniature's own Qwen2.5-VL: overrides of the field `backbone`. The scaled frequencies lie on
+# both sides of what is kept.
+_TEXT = {"vocab": 640, "dim": 32, "layers": 1, "heads": 2, "kv_heads": 1, "head_size": 16, "mlp_dim": 32}
+BACKBONES = {
+  "qwen2_5_vl": {},
+  "qwen3_siglip": {
+    "backbone": Qwen3SiglipConfig(
+      text=TextDecoderConfig(**_TEXT, qk_norm=True, tie_embeddings=True),
+      vision=SiglipConfig(image_size=8, patch_size=4, width=16, layers=1, heads=2, mlp_dim=16, head=False),
+      image_token=635,
+    )
+  },
+  "llama": {
+    "backbone": TextDecoderConfig(
+      **_TEXT, rope_theta=100.0, tie_embeddings=True, rope_scaling=RopeScaling(factor=32.0, original_length=64)
+    )
+  },
+}
+
 
 def config(**changes) -> Blip3oConfig:
   """`changes` are overrides of whole fields."""
@@ -74,7 +96,7 @@ def model(**changes) -> Blip3o:
 
 
 @functools.cache
-def params(seed: int = 0):
+def params(seed: int = 0, backbone: str = "qwen2_5_vl"):
   """{component: tree} of all components: kernels of variance 1 / fan-in, nothing at its usual zero or one."""
   rng = np.random.default_rng(seed)
 
@@ -85,7 +107,7 @@ def params(seed: int = 0):
       return noise / np.sqrt(np.float32(np.prod(x.shape[-2:-1])))
     return 1 + 0.1 * noise if name == "scale" else 0.5 * noise
 
-  return jax.tree_util.tree_map_with_path(draw, source.abstract_params(config(), COMPONENTS))
+  return jax.tree_util.tree_map_with_path(draw, source.abstract_params(config(**BACKBONES[backbone]), COMPONENTS))
 
 
 def quick_jit(f, **kwargs):

@@ -1,7 +1,7 @@
 """Writes the corpora of the built-in world to disk, in the layouts of the release's data (spec 11.2).
 
   contrastive/  tar shards of NNNNNN.jpg + NNNNNN.txt: captions that say everything, and family captions
-  pretrain/     tar shards: captions that say everything and family captions, half and half
+  pretrain/     tar shards: family captions
   instruct/     tar shards: fewer, the six families in turn
   understanding/images/*.jpg, questions.jsonl   conversations, some without a picture
   understanding/heldout.jsonl                   questions about pictures never trained on
@@ -28,7 +28,7 @@ from blip3o_jax.data import shapes, shapes_questions, templates
 from blip3o_jax.data.tokenizer import train_tokenizer
 from blip3o_jax.errors import UserError
 
-VERSION = 4  # of what is drawn: another version is another corpus
+VERSION = 5  # of what is drawn: another version is another corpus
 MANIFEST = "manifest.json"
 VOCABULARY = 640  # entries of the tokenizer, as in the preset "micro"
 
@@ -64,8 +64,8 @@ def make_shapes(
   temporary.mkdir(parents=True)
   try:
     for name, count, sample in [
-      ("contrastive", contrastive, functools.partial(_dense, share=3)),
-      ("pretrain", pretrain, functools.partial(_dense, share=2)),
+      ("contrastive", contrastive, _contrastive),
+      ("pretrain", pretrain, _family),
       ("instruct", instruct, _family_in_turn),
     ]:
       if count:
@@ -87,12 +87,12 @@ def _rng(seed: int, name: str, index: int) -> random.Random:
 # ---- pictures and captions
 
 
-def _dense(rng: random.Random, index: int, share: int) -> tuple[shapes.Scene, str]:
-  """`share` captions of four say everything (all of these but one with places), the others are those of families."""
-  if index % 4 >= share:
+def _contrastive(rng: random.Random, index: int) -> tuple[shapes.Scene, str]:
+  """Three captions of four say everything (two of them with places), one is that of a family."""
+  if index % 4 == 3:
     return _family(rng, index)
   scene = shapes.sample_scene(rng, rng.choice((*shapes.FAMILIES, None, None, None, None)))
-  return scene, shapes.dense_caption(scene, places=index % 4 < share - 1, ground=rng.random() < 0.75)
+  return scene, shapes.dense_caption(scene, places=index % 4 < 2, ground=rng.random() < 0.75)
 
 
 def _family(rng: random.Random, index: int, family: str | None = None) -> tuple[shapes.Scene, str]:

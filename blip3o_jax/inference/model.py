@@ -16,8 +16,8 @@ from blip3o_jax.data.tokenizer import load_tokenizer
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference import image as drawing
 from blip3o_jax.inference import text as talking
-from blip3o_jax.models.blip3o import Blip3o
-from blip3o_jax.models.qwen2_5_vl import Qwen25VL
+from blip3o_jax.models.blip3o import BACKBONES, Blip3o
+from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig
 from blip3o_jax.porting.locate import open_model
 from blip3o_jax.porting.source import abstract_params
 
@@ -202,8 +202,9 @@ class Model:
 
   def _answer(self, images: list[list[Picture]], questions: list[str], max_new_tokens: int) -> list[str]:
     self._need("backbone")
-    cfg = self.model.cfg.backbone
-    merge, size = cfg.vision.merge_size, cfg.vision.patch_size
+    cfg, merge = self.model.cfg.backbone, self.processor.merge_size
+    if any(images) and not isinstance(cfg, Qwen25VLConfig):
+      raise UserError(f"{self.name} answers without pictures only: they are prepared for Qwen2.5-VL's tower alone")
     pictures = [[self.processor(_open(x)) for x in row] for row in images]
     rows = []
     for question, row in zip(questions, pictures, strict=True):
@@ -219,11 +220,15 @@ class Model:
         (np.concatenate([p for p, _ in row]), np.stack([g for _, g in row])) if row else blank for row in pictures
       ]
       patches = vision.pad_rows(
-        joined, length=longest, merge_size=merge, window_size=cfg.vision.window_size, patch_size=size
+        joined,
+        length=longest,
+        merge_size=merge,
+        window_size=cfg.vision.window_size,
+        patch_size=cfg.vision.patch_size,
       )
       positions, _ = vision.rope_index(tokens, mask, patches["grid_thw"], image_token=cfg.image_token, merge_size=merge)
     answer = talking.generate_text(
-      Qwen25VL(cfg, dtype=self.model.dtype),
+      BACKBONES[type(cfg)](cfg, dtype=self.model.dtype),
       self.params["backbone"],
       tokens,
       mask,

@@ -136,11 +136,11 @@ def generate_text(
   """Answer a batch of prompts. Each row is answered as if it were alone, wherever its padding lies.
 
   Args:
-    model: a module with the methods embed, decode, logits and empty_cache: TextDecoder or Qwen25VL.
+    model: one of models.blip3o.BACKBONES.
     params: its parameters.
     tokens: int [B, L]; mask: bool [B, L], at least one True a row.
     positions: int [B, 3, L]; plain counting if None. Prompts with images take data.vision.rope_index.
-    vision: patches, patch_pos, patch_image, patch_window of the prompts' images.
+    vision: the prompts' images under the model's `image_keys`, perhaps among other keys; nothing: text alone.
     keys: [B] random keys, one a row; needed for temperature > 0. Step i of a row draws from fold_in(key, i).
 
   Raises:
@@ -165,7 +165,7 @@ def generate_text(
     jnp.int32(sampling.top_k),
     jnp.float32(sampling.top_p),
   )
-  vision = {k: v for k, v in (vision or {}).items() if k.startswith("patch")}
+  vision = {key: vision[key] for key in model.image_keys} if vision else {}
   state = _answer(
     model,
     params,

@@ -19,12 +19,19 @@ from blip3o_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from blip3o_jax.models.eva_clip import EvaClip, EvaClipConfig, pool
 from blip3o_jax.models.next_dit import NextDiT, NextDiTConfig
 from blip3o_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig
+from blip3o_jax.models.qwen3_siglip import Qwen3Siglip, Qwen3SiglipConfig
+from blip3o_jax.models.text_decoder import TextDecoder, TextDecoderConfig
 from blip3o_jax.models.text_tower import TextTower, TextTowerConfig
 from blip3o_jax.models.unet import UNet, UNetConfig
 
 # Mean and standard deviation of OpenAI CLIP, which EVA-CLIP and Qwen2.5-VL use too (spec 5.4).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# The language models that may read the prompt. All have embed, decode, logits, empty_cache, touch and `image_keys`, and
+# their configs have `dim`. Llama 3 is a plain TextDecoder: it reads no pictures.
+BACKBONES = {Qwen25VLConfig: Qwen25VL, Qwen3SiglipConfig: Qwen3Siglip, TextDecoderConfig: TextDecoder}
+BackboneConfig = Qwen25VLConfig | Qwen3SiglipConfig | TextDecoderConfig
 
 COMPONENTS = ("backbone", "queries", "dit", "clip", "text_tower", "unet", "vae")
 
@@ -33,7 +40,7 @@ COMPONENTS = ("backbone", "queries", "dit", "clip", "text_tower", "unet", "vae")
 class Blip3oConfig:
   """Every part of one model. `text_tower` is None where the CLIP encoder is taken ready-made."""
 
-  backbone: Qwen25VLConfig
+  backbone: BackboneConfig
   dit: NextDiTConfig
   clip: EvaClipConfig
   unet: UNetConfig
@@ -68,8 +75,8 @@ class Blip3o(nn.Module):
 
   def setup(self):
     kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    self.backbone = Qwen25VL(self.cfg.backbone, **kinds)
-    self.latents = LatentQueries(self.cfg.queries, self.cfg.backbone.text.dim, name="queries", **kinds)
+    self.backbone = BACKBONES[type(self.cfg.backbone)](self.cfg.backbone, **kinds)
+    self.latents = LatentQueries(self.cfg.queries, self.cfg.backbone.dim, name="queries", **kinds)
     self.dit = NextDiT(self.cfg.dit, **kinds)
     self.clip = EvaClip(self.cfg.clip, **kinds)
     self.unet = UNet(self.cfg.unet, **kinds)
@@ -102,10 +109,12 @@ class Blip3o(nn.Module):
   # ---- the backbone
 
   def understand(self, batch) -> jax.Array:
-    """Logits [B, L, V] of a conversation about pictures; `batch` has the keys of DESIGN part 3."""
-    embeddings = self.backbone.embed(
-      batch["tokens"], batch["patches"], batch["patch_pos"], batch["patch_image"], batch["patch_window"]
-    )
+    """Logits [B, L, V] of a conversation about pictures.
+
+    `batch` has the keys of DESIGN part 3, and the backbone's own `image_keys`.
+    """
+    images = {key: batch[key] for key in self.backbone.image_keys}
+    embeddings = self.backbone.embed(batch["tokens"], **images)
     output = self.backbone.decode(embeddings, batch["positions"], batch["token_mask"])
     return self.backbone.logits(output.hidden)
 
@@ -182,7 +191,7 @@ class Blip3o(nn.Module):
     features = jnp.zeros((1, side**2, cfg.clip.width))
     side = cfg.image_size // cfg.vae.downsampling
     latents = jnp.zeros((1, side, side, cfg.unet.in_channels))
-    condition = jnp.zeros((1, cfg.queries, cfg.backbone.text.dim))
+    condition = jnp.zeros((1, cfg.queries, cfg.backbone.dim))
     grid = jnp.zeros((1, *cfg.dit.grid, cfg.dit.in_channels))
     t = jnp.zeros((1,))
     runs = {

@@ -8,13 +8,14 @@ from blip3o_jax.diffusion.euler_discrete import EulerDiscreteConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.autoencoder_dc import AutoencoderDCConfig, DCLevel
 from blip3o_jax.models.autoencoder_kl import AutoencoderKLConfig
-from blip3o_jax.models.blip3o import Blip3oConfig
+from blip3o_jax.models.blip3o import BackboneConfig, Blip3oConfig
 from blip3o_jax.models.eva_clip import EvaClipConfig
 from blip3o_jax.models.next_dit import NextDiTConfig
 from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig, VisionConfig
+from blip3o_jax.models.qwen3_siglip import Qwen3SiglipConfig
 from blip3o_jax.models.sana import SanaConfig
 from blip3o_jax.models.siglip import SiglipConfig
-from blip3o_jax.models.text_decoder import TextDecoderConfig
+from blip3o_jax.models.text_decoder import RopeScaling, TextDecoderConfig
 from blip3o_jax.models.text_tower import TextTowerConfig
 from blip3o_jax.models.unet import UNetConfig
 
@@ -68,6 +69,41 @@ QWEN_7B = _qwen(3584, 28, 28, 4, 18944, tied=False)
 QWEN_3B = _qwen(2048, 36, 16, 2, 11008, tied=True)
 
 
+# Qwen3-1.7B and SigLIP2 (spec part 8). Qwen3's tokenizer has 151,669 entries, so the three added tokens are the last
+# of 151,672; 1,720,574,976 parameters with the 151,936 rows of the public checkpoint.
+QWEN3_1_7B = TextDecoderConfig(
+  vocab=151672,
+  dim=2048,
+  layers=28,
+  heads=16,
+  kv_heads=8,
+  head_size=128,
+  mlp_dim=6144,
+  rope_theta=1e6,
+  norm_eps=1e-6,
+  tie_embeddings=True,
+  qk_norm=True,
+  remat="full",
+)
+QWEN3_SIGLIP2 = Qwen3SiglipConfig(text=QWEN3_1_7B, vision=dataclasses.replace(SIGLIP2_SO400M, head=False))
+
+# Llama-3.2-1B, of the paper's design study (spec 11.4): 1,235,814,400 parameters without the three added tokens.
+LLAMA_1B = TextDecoderConfig(
+  vocab=128259,
+  dim=2048,
+  layers=16,
+  heads=32,
+  kv_heads=8,
+  head_size=64,
+  mlp_dim=8192,
+  rope_theta=5e5,
+  rope_scaling=RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192),
+  norm_eps=1e-5,
+  tie_embeddings=True,
+  remat="full",
+)
+
+
 def _next_dit(condition_dim: int, paper: bool) -> NextDiTConfig:
   """The 1.4 B DiT: as released (two-axis table, full heads) or as the paper says (three axes, grouped queries)."""
   return NextDiTConfig(
@@ -85,9 +121,9 @@ def _next_dit(condition_dim: int, paper: bool) -> NextDiTConfig:
   )
 
 
-def _blip3o(backbone: Qwen25VLConfig, paper: bool) -> Blip3oConfig:
+def _blip3o(backbone: BackboneConfig, paper: bool) -> Blip3oConfig:
   return Blip3oConfig(
-    backbone=backbone, dit=_next_dit(backbone.text.dim, paper), clip=EVA_CLIP_E, unet=SDXL_UNET, vae=SDXL_VAE
+    backbone=backbone, dit=_next_dit(backbone.dim, paper), clip=EVA_CLIP_E, unet=SDXL_UNET, vae=SDXL_VAE
   )
 
 
@@ -172,6 +208,8 @@ PRESETS: dict[str, Callable[[], Blip3oConfig]] = {
   "blip3o-4b": lambda: _blip3o(QWEN_3B, paper=False),
   "blip3o-8b-paper": lambda: _blip3o(QWEN_7B, paper=True),
   "blip3o-4b-paper": lambda: _blip3o(QWEN_3B, paper=True),
+  "blip3o-study": lambda: _blip3o(LLAMA_1B, paper=True),
+  "blip3o-qwen3-siglip2": lambda: _blip3o(QWEN3_SIGLIP2, paper=False),
   "micro": _micro,
 }
 

@@ -97,6 +97,11 @@ class Qwen25VLConfig:
   vision_start: int = 151652
   vision_end: int = 151653
 
+  @property
+  def dim(self) -> int:
+    """Width of the hidden states."""
+    return self.text.dim
+
   @classmethod
   def from_reference(
     cls, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None
@@ -192,6 +197,9 @@ def place_image_features(embeddings: jax.Array, is_image: jax.Array, features: j
 
 class Qwen25VL(nn.Module):
   """Parameters {"text": ..., "vision": ...}; a tree without "vision" serves text-only calls."""
+
+  # Arguments of `embed` beside the tokens, and their names in a batch (DESIGN part 3).
+  image_keys = ("patches", "patch_pos", "patch_image", "patch_window")
 
   cfg: Qwen25VLConfig
   dtype: Any = jnp.float32

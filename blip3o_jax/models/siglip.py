@@ -73,6 +73,22 @@ class SiglipConfig:
       head=config["vision_use_head"] and (shapes is None or any(key.endswith("head.probe") for key in shapes)),
     )
 
+  def to_reference(self) -> dict[str, Any]:
+    """config.json of SiglipVisionModel."""
+    return {
+      "model_type": "siglip_vision_model",
+      "image_size": self.image_size,
+      "patch_size": self.patch_size,
+      "num_channels": 3,
+      "hidden_size": self.width,
+      "num_hidden_layers": self.layers,
+      "num_attention_heads": self.heads,
+      "intermediate_size": self.mlp_dim,
+      "hidden_act": "gelu_pytorch_tanh",
+      "layer_norm_eps": self.norm_eps,
+      "vision_use_head": self.head,
+    }
+
 
 class SiglipOutput(NamedTuple):
   """What the tower gives of B images with n = (image_size / patch_size)^2 patches, row-major.

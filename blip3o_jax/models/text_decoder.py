@@ -106,12 +106,15 @@ class TextDecoderConfig:
     )
 
   def to_reference(self) -> dict[str, Any]:
-    """config.json of transformers, flat, without the model's kind."""
+    """config.json of transformers, flat; the model's kind follows from the flags."""
+    kind = "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "llama"
     scaling = {"mrope_section": list(self.rope_sections), "type": "mrope"} if self.rope_sections else None
     if (s := self.rope_scaling) is not None:
       scaling = {"rope_type": "llama3", "factor": s.factor, "original_max_position_embeddings": s.original_length}
       scaling |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor}
     return {
+      "architectures": [f"{kind.capitalize()}ForCausalLM"],
+      "model_type": kind,
       "vocab_size": self.vocab,
       "hidden_size": self.dim,
       "num_hidden_layers": self.layers,
@@ -233,6 +236,8 @@ class Block(nn.Module):
 
 class TextDecoder(nn.Module):
   """See the module docstring. Sows `layers/block_out`, [layers, B, L, D]."""
+
+  image_keys = ()  # what `embed` takes beside the tokens; see Qwen25VL
 
   cfg: TextDecoderConfig
   dtype: Any = jnp.float32

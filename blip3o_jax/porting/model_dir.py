@@ -24,6 +24,7 @@ from etils import epath
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
+from blip3o_jax.models.blip3o import Blip3oConfig
 from blip3o_jax.porting import convert, rules, safetensors_io
 from blip3o_jax.porting.safetensors_io import Spec, Stored, Stream, pieces
 from blip3o_jax.porting.source import TOKENIZER_FILES, OrbaxWeights, Source, default_preprocessor
@@ -140,7 +141,7 @@ def write(
   config = presets.get(preset, overrides)  # raises on a config that could not be read back
   old, main = carry_from, jax.process_index() == 0
   with replacing(directory, MANIFEST) as temporary:
-    entries = {name: _write_params(temporary, name, tree, format, dtype) for name, tree in params.items()}
+    entries = {name: _write_params(temporary, name, config, tree, format, dtype) for name, tree in params.items()}
     if main:
       for name in old.components if old else ():
         if name not in entries:
@@ -202,9 +203,11 @@ def annotate(
   _write_manifest(epath.Path(directory), dataclasses.replace(manifest, sampling=sampling, provenance=entries))
 
 
-def _write_params(root: epath.Path, name: str, tree: Params, format: str, dtype: Any) -> dict[str, Any]:
+def _write_params(
+  root: epath.Path, name: str, config: Blip3oConfig, tree: Params, format: str, dtype: Any
+) -> dict[str, Any]:
   """Write one component from a tree of arrays; the manifest's entry about it."""
-  table = rules.get(name)
+  table = rules.get(name, config)
   specs, arrays = convert.reference_specs(table, tree, dtype), convert.to_reference(table, tree, dtype)
   if format == "safetensors":
     return _write_arrays(root, name, specs, arrays)
@@ -262,7 +265,7 @@ def _carry(root: epath.Path, name: str, source: Source, format: str, dtype: Any,
     _take_tree(lies, root / _WEIGHTS / name)
     return read_manifest(source.path).components[name]
   if rewrite and format == "orbax":
-    return _write_params(root, name, source.read_as_stored(name), format, dtype)
+    return _write_params(root, name, source.config(), source.read_as_stored(name), format, dtype)
   return _write_arrays(root, name, *source.reference(name, dtype))
 
 

@@ -4,7 +4,8 @@ config.json, model*.safetensors          backbone, queries, DiT, perhaps the CLI
 diffusion-decoder/{unet,vae,scheduler}/  config.json and diffusion_pytorch_model*.safetensors, as diffusers saves them
 tokenizer.json, ..., preprocessor_config.json
 
-Read as well: Qwen2.5-VL-Instruct alone, made ready for the queries; EVA-CLIP's file alone; one part that `write` wrote.
+Read as well: Qwen2.5-VL-Instruct alone, made ready for the queries; the other backbones (spec part 8), told by their
+keys; EVA-CLIP's file alone; one part that `write` wrote.
 What the release cannot say (the paper's rotary axes, the miniature's position codes) stands in config.json under OURS.
 """
 
@@ -12,7 +13,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,10 +25,12 @@ from blip3o_jax.diffusion.euler_discrete import EulerDiscreteConfig
 from blip3o_jax.errors import Problems, UserError
 from blip3o_jax.models import presets
 from blip3o_jax.models.autoencoder_kl import AutoencoderKLConfig
-from blip3o_jax.models.blip3o import Blip3oConfig
+from blip3o_jax.models.blip3o import BackboneConfig, Blip3oConfig
 from blip3o_jax.models.eva_clip import EvaClipConfig
 from blip3o_jax.models.next_dit import NextDiTConfig
 from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig
+from blip3o_jax.models.qwen3_siglip import Qwen3SiglipConfig
+from blip3o_jax.models.text_decoder import TextDecoderConfig
 from blip3o_jax.models.unet import UNetConfig
 from blip3o_jax.porting import model_dir, safetensors_io
 from blip3o_jax.porting.rules import blip3o
@@ -40,6 +43,7 @@ PARTS = ("backbone", "queries", "dit", "clip", "unet", "vae")
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 _DIFFUSERS = "diffusion_pytorch_model"
 QWEN_TOKENS = 151665  # of Qwen2.5-VL's own tokenizer (spec 4.1)
+_PUBLISHED = ("blip3o-8b", "blip3o-4b", "blip3o-qwen3-siglip2", "blip3o-study")
 _SHARD = 5_000_000_000  # bytes, as transformers writes them
 
 
@@ -136,12 +140,13 @@ def _json(path: epath.Path) -> dict[str, Any]:
 def _model_config(home: epath.Path, config: Mapping[str, Any], weights: Mapping[str, Mapping]) -> Blip3oConfig:
   """The architecture, from the config files and the shapes of the tensors; what is not there is the preset's."""
   shapes = {part: {key: spec(reader, key).shape for key in reader} for part, reader in weights.items()}
+  kind = _backbone_kind(config, shapes["backbone"]) if "backbone" in shapes else Qwen25VLConfig
   dim = config.get("hidden_size") or config.get("text_config", {}).get("hidden_size")
-  model = presets.get("blip3o-4b" if dim == presets.QWEN_3B.text.dim else "blip3o-8b")
+  model = presets.get(_closest(kind, dim))
   parts: dict[str, Any] = {}
   if "backbone" in shapes:
-    parts["backbone"] = Qwen25VLConfig.from_reference(config, shapes["backbone"])
-    parts["dit"] = dataclasses.replace(model.dit, condition_dim=parts["backbone"].text.dim)
+    parts["backbone"] = kind.from_reference(config, shapes["backbone"])
+    parts["dit"] = dataclasses.replace(model.dit, condition_dim=parts["backbone"].dim)
   if "queries" in shapes:
     parts["queries"] = shapes["queries"]["latent_queries"][1]
   if "dit" in shapes:
@@ -164,9 +169,23 @@ def _model_config(home: epath.Path, config: Mapping[str, Any], weights: Mapping[
   return dataclasses.replace(model, **parts)
 
 
+def _backbone_kind(config: Mapping[str, Any], keys: Collection[str]) -> type[BackboneConfig]:
+  """Which of the backbones a checkpoint holds. Its tower tells; the release's model_type is a name of its own."""
+  if any(key.startswith("model.vision_tower.") for key in keys):
+    return Qwen3SiglipConfig
+  sees = "vision_config" in config or any("visual." in key for key in keys)
+  return Qwen25VLConfig if sees else TextDecoderConfig
+
+
+def _closest(kind: type[BackboneConfig], dim: int | None) -> str:
+  """The published preset with a backbone of this kind, and of this width if there is one."""
+  names = [name for name in _PUBLISHED if type(presets.get(name).backbone) is kind]
+  return next((name for name in names if presets.get(name).backbone.dim == dim), names[0])
+
+
 def _describe(config: Blip3oConfig) -> tuple[str, dict[str, Any]]:
   """The published preset closest by its backbone, and where the config differs from it."""
-  preset = "blip3o-4b" if config.backbone.text.dim == presets.QWEN_3B.text.dim else "blip3o-8b"
+  preset = _closest(type(config.backbone), config.backbone.dim)
   return preset, model_dir.plain(presets.difference(presets.get(preset), config))
 
 
@@ -217,8 +236,8 @@ def _ready_for_queries(reader: Mapping[str, Any], tokenizer: epath.Path | None, 
     base = load_tokenizer(alone.tokenizer_dir()).image_start
     if rows < base:
       raise UserError(f"{name}: {table} has {rows} rows, its tokenizer {base} tokens; they do not belong together")
-  elif rows < base:
-    return reader  # some smaller model, and nothing that says how many of its rows are tokens
+  elif rows < base or not any("visual." in key for key in reader):
+    return reader  # no published Qwen2.5-VL, and nothing that says how many of its rows are tokens
   return reader if rows == base + len(IMAGE_TOKENS) else _ReadyForQueries(reader, base)
 
 
@@ -273,7 +292,8 @@ def write(
     if "backbone" in names:
       if source.tokenizer:
         model_dir.take_tokenizer(source.tokenizer_dir(), out)
-      _write_json(out / _PREPROCESSOR, {"image_processor_type": "Qwen2VLImageProcessor"} | source.image_preprocessor())
+      if preprocessor := source.image_preprocessor():
+        _write_json(out / _PREPROCESSOR, {"image_processor_type": "Qwen2VLImageProcessor"} | preprocessor)
   return epath.Path(directory), left
 
 
@@ -282,7 +302,7 @@ def _top_config(source: Source, config: Blip3oConfig, names: list[str], dtypes: 
   if "backbone" in names:
     content |= config.backbone.to_reference()
   if "queries" in names:
-    content |= {"n_query": config.queries, "n_und_query": 0, "latent_embedding_size": config.backbone.text.dim}
+    content |= {"n_query": config.queries, "n_und_query": 0, "latent_embedding_size": config.backbone.dim}
   if "clip" in names:
     content |= config.clip.to_reference()
   content["torch_dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"

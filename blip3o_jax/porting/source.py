@@ -20,6 +20,9 @@ from etils import epath
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
 from blip3o_jax.models.blip3o import CLIP_MEAN, CLIP_STD, Blip3o, Blip3oConfig
+from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig
+from blip3o_jax.models.qwen3_siglip import Qwen3SiglipConfig
+from blip3o_jax.models.text_decoder import TextDecoderConfig
 from blip3o_jax.porting import convert, rules
 from blip3o_jax.porting.safetensors_io import Spec, Stored, tell
 from blip3o_jax.sharding import rules as sharding_rules
@@ -104,7 +107,8 @@ class Source:
         lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=x.sharding), abstract[name]
       )
       found = self.weights[name]
-      params[name] = _read_orbax(found.path, tree) if isinstance(found, OrbaxWeights) else _fill(name, found, tree)
+      orbax = isinstance(found, OrbaxWeights)
+      params[name] = _read_orbax(found.path, tree) if orbax else _fill(self._table(name), found, tree)
     return params
 
   def check(self, names: Sequence[str] | None = None, abstract: Mapping[str, Params] | None = None) -> None:
@@ -112,7 +116,7 @@ class Source:
     problems = []
     for name in self.components if names is None else names:
       if not isinstance(found := self.weights[name], OrbaxWeights):
-        problems += (convert.fit(rules.get(name), found, abstract[name]) if abstract else self._fit(name))[1]
+        problems += (convert.fit(self._table(name), found, abstract[name]) if abstract else self._fit(name))[1]
     tell(problems, f"{self.name} does not fit the model")
 
   def reference(self, name: str, dtype: Any = None) -> tuple[dict[str, Spec], Iterator[tuple[str, Stored]]]:
@@ -124,7 +128,7 @@ class Source:
     Raises:
       UserError: it does not fit the configuration.
     """
-    table, found = rules.get(name), self._weights(name)
+    table, found = self._table(name), self._weights(name)
     if isinstance(found, OrbaxWeights):
       tree = self.read_as_stored(name)
       return convert.reference_specs(table, tree, dtype), convert.to_reference(table, tree, dtype)
@@ -139,7 +143,7 @@ class Source:
     found, abstract = self._weights(name), abstract_params(self.config(), (name,))[name]
     if isinstance(found, OrbaxWeights):
       return self.read((name,), {name: _stored_dtypes(found.path, abstract)})[name]
-    return self.read((name,), {name: convert.stored_dtypes(rules.get(name), found, abstract)})[name]
+    return self.read((name,), {name: convert.stored_dtypes(self._table(name), found, abstract)})[name]
 
   def dropped(self) -> list[str]:
     """Keys that are knowingly left out."""
@@ -174,8 +178,11 @@ class Source:
     """The weights of a component under canonical names, and what keeps them from fitting the configuration."""
     if name not in self._fits:
       abstract = abstract_params(self.config(), (name,))[name]
-      self._fits[name] = convert.fit(rules.get(name), self.weights[name], abstract)
+      self._fits[name] = convert.fit(self._table(name), self.weights[name], abstract)
     return self._fits[name]
+
+  def _table(self, name: str) -> Sequence[convert.Rule]:
+    return rules.get(name, self.config())
 
   def _weights(self, name: str) -> Mapping[str, Any] | OrbaxWeights:
     if name not in self.weights:
@@ -202,8 +209,13 @@ def _shapes(config: Blip3oConfig, name: str) -> Params:
 
 
 def default_preprocessor(config: Blip3oConfig) -> dict[str, Any]:
-  """What the understanding tower of `config` wants, with the limits of Qwen2.5-VL in merged patches (spec 4.5)."""
-  vision = config.backbone.vision
+  """What the understanding tower of `config` wants; empty where it reads no pictures."""
+  return _PREPROCESSORS[type(config.backbone)](config.backbone)
+
+
+def _qwen_preprocessor(backbone: Qwen25VLConfig) -> dict[str, Any]:
+  """With the limits of Qwen2.5-VL in merged patches (spec 4.5)."""
+  vision = backbone.vision
   block = (vision.patch_size * vision.merge_size) ** 2
   return {
     "image_mean": list(CLIP_MEAN),
@@ -216,8 +228,27 @@ def default_preprocessor(config: Blip3oConfig) -> dict[str, Any]:
   }
 
 
-def _fill(component: str, reader: Mapping[str, Any], abstract: Params) -> dict[str, Any]:
-  """One component from reference weights, each leaf put where `abstract` says."""
+def _siglip_preprocessor(backbone: Qwen3SiglipConfig) -> dict[str, Any]:
+  """That of google/siglip2-so400m-patch16-512: squashed to a square, colours to -1..1 (spec 8)."""
+  size = backbone.vision.image_size
+  half = [0.5, 0.5, 0.5]
+  return {
+    "image_processor_type": "SiglipImageProcessor",
+    "image_mean": half,
+    "image_std": half,
+    "size": {"height": size, "width": size},
+  }
+
+
+_PREPROCESSORS = {
+  Qwen25VLConfig: _qwen_preprocessor,
+  Qwen3SiglipConfig: _siglip_preprocessor,
+  TextDecoderConfig: lambda backbone: {},
+}
+
+
+def _fill(table: Sequence[convert.Rule], reader: Mapping[str, Any], abstract: Params) -> dict[str, Any]:
+  """A component from reference weights, each leaf put where `abstract` says."""
   leaves = convert.flatten(abstract)
 
   def place(path: str, array: np.ndarray) -> jax.Array:
@@ -226,7 +257,7 @@ def _fill(component: str, reader: Mapping[str, Any], abstract: Params) -> dict[s
       return jnp.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-  return convert.to_ours(rules.get(component), reader, abstract, place=place)
+  return convert.to_ours(table, reader, abstract, place=place)
 
 
 def _read_orbax(where: epath.Path, abstract: Params) -> dict[str, Any]:

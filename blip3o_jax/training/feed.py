@@ -13,17 +13,29 @@ from ml_collections import ConfigDict
 from blip3o_jax.data import pipeline
 from blip3o_jax.data.tokenizer import load_tokenizer
 from blip3o_jax.data.vision import ImageProcessor
+from blip3o_jax.errors import UserError
 from blip3o_jax.models.blip3o import Blip3oConfig
+from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig
 from blip3o_jax.porting.locate import open_model
 from blip3o_jax.porting.source import default_preprocessor
 from blip3o_jax.types import Batch
 
 
 def open_loader(config: ConfigDict, architecture: Blip3oConfig, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-  """This process's part of the batches, from `start_step` on. Raises UserError for missing data or tokenizer."""
+  """This process's part of the batches, from `start_step` on.
+
+  Raises:
+    UserError: missing data or tokenizer; conversations for a backbone other than Qwen2.5-VL.
+  """
   folder = tokenizer_dir(config)
   source = open_model(config.init_from) if config.init_from else None
-  preprocessor = source.image_preprocessor() if source else default_preprocessor(architecture)
+  backbone, pictures = architecture.backbone, {}
+  if isinstance(backbone, Qwen25VLConfig):
+    preprocessor = source.image_preprocessor() if source else default_preprocessor(architecture)
+    processor = ImageProcessor.from_reference(preprocessor)
+    pictures = {"processor": processor, "window_size": backbone.vision.window_size}
+  elif config.data.task == "conversations":
+    raise UserError("data.task conversations prepares pictures for Qwen2.5-VL's tower alone; take such a preset")
   return pipeline.make_loader(
     config.data.to_dict(),
     batch_size=config.batch_size,
@@ -32,8 +44,7 @@ def open_loader(config: ConfigDict, architecture: Blip3oConfig, start_step: int)
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     tokenizer=load_tokenizer(folder) if folder else None,
-    processor=ImageProcessor.from_reference(preprocessor),
-    window_size=architecture.backbone.vision.window_size,
+    **pictures,
   )
 
 

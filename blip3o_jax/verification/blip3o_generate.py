@@ -27,8 +27,8 @@ def load(rec: Recording) -> tuple[Blip3o, next_dit.LoadedDiT, dict]:
   count = queries.shape("latent_queries")[1]
   model = Blip3o(Blip3oConfig(cfg, dit.model.cfg, clip=None, unet=None, vae=None, queries=count))
   params = {
-    "backbone": load_params("backbone", backbone, Qwen25VL(cfg), method="touch"),
-    "queries": load_params("queries", queries, LatentQueries(count, cfg.text.dim), 1),
+    "backbone": load_params("qwen2_5_vl", backbone, Qwen25VL(cfg), method="touch"),
+    "queries": load_params("queries", queries, LatentQueries(count, cfg.dim), 1),
     "dit": dit.params,
   }
   return model, dit, params

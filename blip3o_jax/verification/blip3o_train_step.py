@@ -59,4 +59,4 @@ def check(rec: Recording) -> None:
   rec.compare("pred", nchw(velocity))
   rec.compare("loss", value)
   key = lambda component, name: dit.key(component, name) if component == "dit" else blip3o.full_key(component, name)
-  rec.compare_gradients(grads, key)
+  rec.compare_gradients(grads, key, model=model.cfg)

@@ -16,7 +16,7 @@ def check(rec: Recording) -> None:
   reader = rec.weights()
   cfg = rec.build(Qwen25VLConfig.from_reference, rec.config, shapes(reader))
   model = Qwen25VL(cfg)
-  params = load_params("backbone", reader, model, method="touch")
+  params = load_params("qwen2_5_vl", reader, model, method="touch")
   for prefix in groups(rec):
     _check_group(rec, prefix, model, params)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax.errors import UserError
+from blip3o_jax.models.blip3o import Blip3oConfig
 from blip3o_jax.porting import convert, rules, safetensors_io
 
 FORWARD = 1e-4  # float32 bars (DESIGN part 3)
@@ -169,16 +170,23 @@ class Recording:
     self._known[line.name] = None
     self.lines.append(line)
 
-  def compare_gradients(self, grads: Mapping[str, Any], key: Callable[[str, str], str], prefix: str = "grad:") -> None:
+  def compare_gradients(
+    self,
+    grads: Mapping[str, Any],
+    key: Callable[[str, str], str],
+    prefix: str = "grad:",
+    model: Blip3oConfig | None = None,
+  ) -> None:
     """Compare every recorded `<prefix><weight name>` with ours.
 
     Args:
       grads: {component: gradient tree}.
       key: (component, key in its table) -> name in this recording's weights.
+      model: the whole, where a backbone is among the components.
     """
     wanted = {name for name in self._arrays if name.startswith(prefix)}
     for component, tree in grads.items():
-      for reference_key, array in convert.to_reference(rules.get(component), tree):
+      for reference_key, array in convert.to_reference(rules.get(component, model), tree):
         name = prefix + key(component, reference_key)
         if name in wanted:
           self.compare(name, array, TRAJECTORY)

@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     {
       "seed": 0,
-      "steps": 4000,
+      "steps": 12000,
       "batch_size": 64,
       "objective": "generation",
       # 16 tokens of 96 channels say everything several times over: below half noise there is little left to decide.
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
         "task": "generation",
         "path": "runs/shapes/pretrain",
         "image_size": 64,
-        "max_length": 64,
+        "max_length": 40,
         "form": "inference",
         "wording": "release",
       },

@@ -12,7 +12,9 @@ from blip3o_jax.data import shapes_corpus, templates
 from blip3o_jax.data.tokenizer import train_tokenizer
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference import image as drawing
+from blip3o_jax.inference import text as talking
 from blip3o_jax.inference.model import Model, _batches
+from blip3o_jax.models.blip3o import BACKBONES
 from blip3o_jax.porting import model_dir
 from blip3o_jax.porting.locate import open_model
 
@@ -186,6 +188,31 @@ def test_bad_input_is_told_in_one_line(model, picture, directory, tmp_path):
     with pytest.raises(UserError, match=words) as error:
       run()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backbone", ["qwen3_siglip", "llama"])
+def test_other_backbones_answer_without_pictures(model, picture, backbone):
+  other = Model(
+    tiny.model(**tiny.BACKBONES[backbone]),
+    tiny.params(backbone=backbone),
+    model.tokenizer,
+    model.processor,
+    model.sampling,
+    name=backbone,
+  )
+  prompt = templates.chat_prompt(model.tokenizer, [("what is red?", None)])
+  greedy = talking.generate_text(
+    BACKBONES[type(other.model.cfg.backbone)](other.model.cfg.backbone),
+    other.params["backbone"],
+    [prompt],
+    np.ones((1, len(prompt)), bool),
+    sampling=talking.Sampling(
+      max_new_tokens=4, stop_tokens=(model.tokenizer.end, model.tokenizer.end_of_text), pad_token=model.tokenizer.pad
+    ),
+  )
+  assert other.chat("what is red?", max_new_tokens=4) == model.tokenizer.decode(greedy.rows()[0]).strip()
+  with pytest.raises(UserError, match=f"{backbone} answers without pictures only"):
+    other.chat("what is this?", images=picture)
 
 
 def test_a_directory_without_a_part_serves_the_others(model, directory, picture, tmp_path):

@@ -8,26 +8,30 @@ import pytest
 import tiny
 from helpers import relative_error
 
-from blip3o_jax.models.blip3o import CLIP_MEAN, CLIP_STD, COMPONENTS, Blip3o
+from blip3o_jax.models.blip3o import BACKBONES, CLIP_MEAN, CLIP_STD, COMPONENTS, Blip3o
 from blip3o_jax.models.eva_clip import EvaClip
-from blip3o_jax.models.qwen2_5_vl import Qwen25VL
 from blip3o_jax.models.unet import UNet
 from blip3o_jax.porting import source
 
 
-def call(method, **kwargs):
+def call(method, backbone="qwen2_5_vl", **kwargs):
   """A method of the tiny model, compiled: f(params, *args)."""
-  model = tiny.model()
+  model = tiny.model(**tiny.BACKBONES[backbone])
   return jax.jit(lambda params, *args: model.apply({"params": params}, *args, method=method, **kwargs))
 
 
 # ---- the query pass
 
 
+@pytest.fixture(scope="module", params=tiny.BACKBONES)
+def backbone(request):
+  return request.param
+
+
 @pytest.fixture(scope="module")
-def passes():
+def passes(backbone):
   """(value, gradients of queries, DiT and backbone) of one loss through both ways of the query pass."""
-  model, params = tiny.model(), tiny.params()
+  model, params = tiny.model(**tiny.BACKBONES[backbone]), tiny.params(backbone=backbone)
   parts = {name: params[name] for name in ("backbone", "queries", "dit")}
   noise = np.random.default_rng(0).normal(size=(3, 2, 2, 16)).astype(np.float32)
 
@@ -53,22 +57,23 @@ def worst(ours, reference):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_prefix_pass_is_exact(passes, side):
+def test_prefix_pass_is_exact(passes, backbone, side):
   """Values, and gradients of queries and DiT, as if the prompt were differentiated too; none reaches the prompt."""
   prompt = tiny.prompts(LENGTHS, pad_to=7, side=side)
   (value, states), grads = passes(prompt, True)
   (value_whole, states_whole), grads_whole = passes(prompt, False)
   assert relative_error(value, value_whole) < 1e-5 and relative_error(states, states_whole) < 1e-5
   for name in ("queries", "dit"):
-    assert worst(grads[name], grads_whole[name]) < 1e-5, name
-  embedding = lambda g: np.abs(g["backbone"]["text"]["embedding"]).max()
+    assert worst(grads[name], grads_whole[name]) < 5e-5, name  # rounding: leaves a thousand times apart in size
+  decoder = (lambda g: g["backbone"]) if backbone == "llama" else (lambda g: g["backbone"]["text"])
+  embedding = lambda g: np.abs(decoder(g)["embedding"]).max()
   assert embedding(grads_whole) > 0 and embedding(grads) == 0
 
 
-def test_query_states_are_those_of_the_plain_sequence(passes):
+def test_query_states_are_those_of_the_plain_sequence(passes, backbone):
   """[prompt; queries] without padding, positions 0, 1, 2, ...: whichever side a batch is padded on (spec 4.2, 4.3)."""
-  params = tiny.params()
-  model = Qwen25VL(tiny.config().backbone)
+  params, cfg = tiny.params(backbone=backbone), tiny.config(**tiny.BACKBONES[backbone]).backbone
+  model = BACKBONES[type(cfg)](cfg)
   queries = params["queries"]["latent_queries"]
 
   @jax.jit
@@ -115,26 +120,28 @@ def test_unet_gets_the_mean_token_and_the_size_of_the_picture():
   assert relative_error(call("unet_predict")({"unet": params["unet"]}, latents, t, context), want) < 1e-5
 
 
-def test_understanding_reads_pictures_and_causally():
-  """Logits of a token follow from its picture and from what stands before it."""
-  params, run = {"backbone": tiny.params()["backbone"]}, call("understand")
+def test_understanding_reads_pictures_and_causally(backbone):
+  """Logits of a token follow from its picture, if the backbone sees any, and from what stands before it."""
+  params, run = {"backbone": tiny.params(backbone=backbone)["backbone"]}, call("understand", backbone)
   tokens, mask, positions = tiny.prompts([6], pad_to=6)
   tokens[0, 1] = 635
   rng = np.random.default_rng(0)
-  batch = {
-    "tokens": tokens,
-    "token_mask": mask,
-    "positions": positions,
-    "patches": rng.normal(size=(1, 4, 384)).astype("f"),
-    "patch_pos": np.array([[[0, 0], [0, 1], [1, 0], [1, 1]]]),
-    "patch_image": np.zeros((1, 4), int),
-    "patch_window": np.zeros((1, 4), int),
-  }
+  picture = {
+    "qwen2_5_vl": {
+      "patches": rng.normal(size=(1, 4, 384)).astype("f"),
+      "patch_pos": np.array([[[0, 0], [0, 1], [1, 0], [1, 1]]]),
+      "patch_image": np.zeros((1, 4), int),
+      "patch_window": np.zeros((1, 4), int),
+    },
+    "qwen3_siglip": {"images": rng.normal(size=(1, 1, 8, 8, 3)).astype("f")},
+    "llama": {},
+  }[backbone]
+  batch = {"tokens": tokens, "token_mask": mask, "positions": positions} | picture
   logits = np.asarray(run(params, batch))
   assert logits.shape == (1, 6, 640) and logits.dtype == np.float32
-  seen = np.asarray(run(params, batch | {"patches": batch["patches"] + 1}))
-  changed = np.abs(seen - logits).max(axis=-1)[0] > 1e-4
-  assert changed.tolist() == [False, True, True, True, True, True]
+  other = {key: x + 1 if x.dtype == np.float32 else x for key, x in picture.items()}
+  changed = np.abs(np.asarray(run(params, batch | other)) - logits).max(axis=-1)[0] > 1e-4
+  assert changed.tolist() == [False] + [bool(picture)] * 5
   later = tokens.copy()
   later[0, 4] += 1
   changed = np.abs(np.asarray(run(params, batch | {"tokens": later})) - logits).max(axis=-1)[0] > 1e-4

@@ -1,10 +1,14 @@
 """The published sizes, and how an experiment changes them."""
 
+import dataclasses
+
 import jax
 import pytest
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
+from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig
+from blip3o_jax.models.text_decoder import TextDecoder, TextDecoderConfig
 from blip3o_jax.porting import source
 
 # Spec 2.1, 2.7, 10.3 to 10.5.
@@ -12,6 +16,9 @@ SHARED = {"clip": 4_350_208_256, "unet": 2_525_520_644, "vae": 83_653_863}
 COUNTS = {
   "blip3o-8b": {"backbone": 8_289_328_128, "queries": 229_376, "dit": 1_365_010_336, **SHARED},
   "blip3o-4b": {"backbone": 3_754_074_112, "queries": 131_072, "dit": 1_362_257_824},
+  # Three tokens more than Llama-3.2-1B has, 264 rows fewer than Qwen3-1.7B's file; SigLIP2 without its head.
+  "blip3o-study": {"backbone": 1_235_814_400 + 3 * 2048, "queries": 131_072},
+  "blip3o-qwen3-siglip2": {"backbone": 1_720_574_976 - 264 * 2048 + 413_534_448 + 6_557_696, "dit": 1_362_257_824},
 }
 
 
@@ -42,12 +49,37 @@ def test_the_parts_of_every_preset_fit_each_other():
     cfg = presets.get(name)
     side = cfg.clip.side // cfg.clip.pool_stride
     assert cfg.dit.grid == (side, side) and cfg.dit.in_channels == cfg.clip.width == cfg.unet.context_dim, name
-    assert cfg.dit.condition_dim == cfg.backbone.text.dim == cfg.backbone.vision.out_dim, name
+    assert cfg.dit.condition_dim == cfg.backbone.dim, name
     assert cfg.unet.in_channels == cfg.vae.latent_channels and cfg.image_size % cfg.vae.downsampling == 0, name
-    assert cfg.backbone.image_token < cfg.backbone.text.vocab, name
     if cfg.text_tower:
       assert cfg.text_tower.text.vocab == cfg.backbone.text.vocab
       assert cfg.text_tower.patch_dim == 3 * (cfg.clip.patch_size * cfg.clip.pool_stride) ** 2
+    if isinstance(cfg.backbone, Qwen25VLConfig):
+      assert cfg.backbone.vision.out_dim == cfg.backbone.dim, name
+    if not isinstance(cfg.backbone, TextDecoderConfig):
+      assert cfg.backbone.image_token < cfg.backbone.text.vocab, name
+
+
+@pytest.mark.parametrize(
+  ("published", "vocab", "count"),
+  [(presets.QWEN3_1_7B, 151936, 1_720_574_976), (presets.LLAMA_1B, 128256, 1_235_814_400)],
+)
+def test_language_models_with_the_vocabulary_of_their_public_checkpoints(published, vocab, count):
+  init = lambda: TextDecoder(dataclasses.replace(published, vocab=vocab)).init(jax.random.key(0), method="touch")
+  assert sum(x.size for x in jax.tree.leaves(jax.eval_shape(init))) == count
+
+
+def test_the_design_study_and_qwen3():
+  """Spec 8 and 11.4: what differs from the models of the release, and that nothing else does."""
+  study, qwen3 = presets.get("blip3o-study"), presets.get("blip3o-qwen3-siglip2")
+  scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+  reference = study.backbone.to_reference()
+  assert reference["rope_scaling"] == scaling | {"original_max_position_embeddings": 8192}
+  assert (reference["model_type"], qwen3.backbone.to_reference()["model_type"]) == ("llama", "qwen3")
+  for model, like in ((study, "blip3o-4b-paper"), (qwen3, "blip3o-4b")):  # as wide as Qwen2.5-VL-3B
+    assert dataclasses.replace(presets.get(like), backbone=model.backbone) == model
+  assert (qwen3.backbone.text.vocab, qwen3.backbone.image_token) == (151669 + 3, 151671)
+  assert dataclasses.replace(qwen3.backbone.vision, head=True) == presets.SIGLIP2_SO400M
 
 
 def test_overrides_go_as_deep_as_named_and_no_further():

@@ -269,6 +269,60 @@ def test_qwen_alone_is_made_ready_for_the_queries(tmp_path):
   assert source.config().dit.condition_dim == source.config().backbone.text.dim
 
 
+@pytest.mark.parametrize("text", ["qwen3", "llama_rope_scaled"])
+def test_another_language_model_alone_is_left_as_it_is(tmp_path, text):
+  """Without a tokenizer nothing says how many of its rows are tokens."""
+  golden = load_golden(text)
+  weights = {key: array.astype(ml_dtypes.bfloat16) for key, array in golden.weights.items()}
+  rows = release.QWEN_TOKENS + 271  # as many as the public Qwen3 checkpoints have
+  weights["model.embed_tokens.weight"] = np.zeros((rows, golden.config["hidden_size"]), ml_dtypes.bfloat16)
+  weights.pop("lm_head.weight", None)
+  save_file(weights, tmp_path / "model.safetensors")
+  write_json(tmp_path / "config.json", golden.config)
+  source = open_model(tmp_path)
+  source.check()
+  assert source.config().backbone.vocab == rows
+
+
+@pytest.mark.parametrize(
+  ("text", "tower", "preset"),
+  [("qwen3", True, "blip3o-qwen3-siglip2"), ("llama_rope_scaled", False, "blip3o-study")],
+)
+def test_the_other_backbones_in_and_out_again(tmp_path, text, tower, preset):
+  """Spec 8: recognised by their keys, whatever the config calls itself; what they see with is written too."""
+  golden, siglip = load_golden(text), load_golden("siglip")
+  dim, width = golden.config["hidden_size"], siglip.config["hidden_size"]
+  weights = dict(golden.weights) | {"model.latent_queries": np.ones((1, 5, dim), np.float32)}
+  config = golden.config | {"model_type": "some_name_of_its_own"}
+  if tower:
+    weights |= {f"model.vision_tower.vision_tower.{key}": array for key, array in siglip.weights.items()}
+    for i, shape in ((0, (dim, width)), (2, (dim, dim))):
+      weights[f"model.mm_projector.{i}.weight"] = np.ones(shape, np.float32)
+      weights[f"model.mm_projector.{i}.bias"] = np.ones(dim, np.float32)
+    config["vision_config"] = siglip.config
+  (tmp_path / "in").mkdir()
+  save_file(weights, tmp_path / "in" / "model.safetensors")
+  write_json(tmp_path / "in" / "config.json", config)
+
+  source = open_model(tmp_path / "in")
+  assert source.preset == preset and source.components == ("backbone", "queries")
+  assert type(source.config().backbone) is type(presets.get(preset).backbone)
+  assert (source.config().queries, source.config().dit.condition_dim) == (5, dim)
+  convert_model(tmp_path / "in", tmp_path / "orbax", format="orbax")
+  convert_model(tmp_path / "orbax", tmp_path / "out", format="safetensors")
+  same_bits(load_file(tmp_path / "out" / "model.safetensors"), weights)
+  written = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert open_model(tmp_path / "out").config() == source.config()
+  backbone = source.config().backbone
+  again = type(backbone).from_reference(written, {key: array.shape for key, array in weights.items()})
+  assert not presets.difference(backbone, again)
+  processor = tmp_path / "out" / "preprocessor_config.json"
+  assert processor.exists() == tower
+  if tower:
+    size = siglip.config["image_size"]
+    assert json.loads(processor.read_text())["size"] == {"height": size, "width": size}
+
+
 @pytest.mark.parametrize("layout", ["qkv.bias", "q_bias"])
 def test_eva_clip_alone(tmp_path, layout):
   golden = load_golden("eva_clip")

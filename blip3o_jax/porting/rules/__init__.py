@@ -4,30 +4,44 @@ import importlib
 from collections.abc import Sequence
 
 from blip3o_jax.errors import UserError
+from blip3o_jax.models.blip3o import Blip3oConfig
+from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig
+from blip3o_jax.models.qwen3_siglip import Qwen3SiglipConfig
+from blip3o_jax.models.text_decoder import TextDecoderConfig
 from blip3o_jax.porting.convert import Rule
 
-# Component (or model outside the BLIP3-o family) -> module of this package whose RULES are its table.
+# Component (or model that is none, or not always) -> module of this package whose RULES are its table.
 _MODULES = {
-  "backbone": "qwen2_5_vl",
   "queries": "queries",
   "dit": "next_dit",
   "clip": "eva_clip",
   "text_tower": "text_tower",
   "unet": "unet",
   "vae": "autoencoder_kl",
+  "qwen2_5_vl": "qwen2_5_vl",
+  "qwen3_siglip": "qwen3_siglip",
   "text_decoder": "text_decoder",
   "siglip": "siglip",
   "sana": "sana",
   "dc_ae": "autoencoder_dc",
 }
 
+# The component "backbone" is one of several models.
+_BACKBONES = {
+  Qwen25VLConfig: "qwen2_5_vl",
+  Qwen3SiglipConfig: "qwen3_siglip",
+  TextDecoderConfig: "text_decoder",
+}
 
-def get(component: str) -> Sequence[Rule]:
-  """The table of `component`.
+
+def get(component: str, model: Blip3oConfig | None = None) -> Sequence[Rule]:
+  """The table of `component`; that of "backbone" depends on `model`, the whole it is part of.
 
   Raises:
     UserError: no such component.
   """
+  if component == "backbone" and model is not None:
+    component = _BACKBONES[type(model.backbone)]
   if component not in _MODULES:
     raise UserError(f"component {component!r} is unknown; choose one of {', '.join(_MODULES)}")
   return importlib.import_module(f"{__name__}.{_MODULES[component]}").RULES
