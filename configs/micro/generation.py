@@ -2,7 +2,7 @@
 
 blip3o train --config configs/micro/generation.py --workdir runs/micro/generation
 
-One CPU core (AMD EPYC, AVX-512), 2026-11-21: 2255 s, 113 pictures a second; two cores take 140 a second.
+One CPU core (AMD EPYC, AVX-512), 2026-11-21: 7179 s, 106 pictures a second, other work beside it.
 """
 
 from ml_collections import ConfigDict
