@@ -57,6 +57,7 @@ class AutoencoderKLConfig:
       mid_attention=config.get("mid_block_add_attention", True),
       quant_conv=config.get("use_quant_conv", True),
       post_quant_conv=config.get("use_post_quant_conv", True),
+      patch_size=config.get("patch_size", 1),  # our own word, see to_reference
     )
 
   def to_reference(self) -> dict[str, Any]:

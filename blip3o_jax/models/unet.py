@@ -113,6 +113,7 @@ class UNetConfig:
       time_id_size=config["addition_time_embed_dim"] if config.get("addition_embed_type") else 0,
       norm_groups=config["norm_num_groups"],
       norm_eps=config["norm_eps"],
+      position_code=config.get("position_code", False),  # our own word, see to_reference
     )
 
   def to_reference(self, sample_size: int) -> dict[str, Any]:

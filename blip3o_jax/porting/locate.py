@@ -87,7 +87,9 @@ def _fetch(hub_id: str) -> epath.Path:
 
   patterns = [*_FETCHED, *(f"*{file}" for file in TOKENIZER_FILES), "weights/**"]
   try:
-    return epath.Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+    return epath.Path(
+      huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns="*safety_checker*")
+    )
   except Exception as error:  # the library raises whatever its transport does
     why = " ".join(str(error).split())[:160]
     raise UserError(

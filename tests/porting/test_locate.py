@@ -1,5 +1,6 @@
 """Names of models: bundled, directories, and the hub, whose part is played by a server on the loopback address."""
 
+import dataclasses
 import hashlib
 import http.server
 import json
@@ -75,6 +76,8 @@ class Mirror(http.server.BaseHTTPRequestHandler):
 def test_a_hub_id_is_fetched_and_nothing_that_could_be_code(here, tmp_path):
   (here / "release" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
   (here / "release" / "pipeline_llava_gen.py").write_text("raise SystemExit")
+  (here / "release" / "safety_checker").mkdir()
+  (here / "release" / "safety_checker" / "model.safetensors").write_bytes(b"not wanted")
   Mirror.root, Mirror.asked = here / "release", []
   server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
   threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -93,7 +96,8 @@ def test_a_hub_id_is_fetched_and_nothing_that_could_be_code(here, tmp_path):
     (here / "release" / "pytorch_model.bin").unlink()
     (here / "release" / "pipeline_llava_gen.py").unlink()
   assert done.returncode == 0, done.stderr
-  assert not [name for name in Mirror.asked if name.endswith((".bin", ".py"))] and "model.safetensors" in Mirror.asked
+  assert not [name for name in Mirror.asked if name.endswith((".bin", ".py")) or "safety" in name]
+  assert "model.safetensors" in Mirror.asked
   assert "diffusion-decoder/unet/diffusion_pytorch_model.safetensors" in Mirror.asked
   for name in ("dit", "unet", "backbone"):
     assert open_model(tmp_path / "out").content_hash(name) == open_model(here / "here").content_hash(name)
@@ -106,6 +110,15 @@ def test_a_release_draws_what_the_model_directory_draws(here):
   drawn = [load(here / place).generate("a red circle", **settings)[0][0] for place in ("here", "release")]
   assert drawn[0].std() > 0
   np.testing.assert_array_equal(*drawn)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_what_diffusers_has_no_word_for_comes_back_too(here, tmp_path, part):
+  """The miniature's position code and patches: a part written alone is read as what it was."""
+  convert_model(here / "here", tmp_path / "part", format="safetensors", part=part)
+  there, back = (getattr(open_model(place).config(), part) for place in (here / "here", tmp_path / "part"))
+  assert back == dataclasses.replace(there, **({"tie_query_key_init": False} if part == "unet" else {}))
+  open_model(tmp_path / "part").check()
 
 
 def test_names_that_lead_nowhere(tmp_path, monkeypatch):
