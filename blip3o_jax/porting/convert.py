@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from blip3o_jax.errors import UserError
-from blip3o_jax.porting.safetensors_io import Spec, Stored, pieces, spec, tell
+from blip3o_jax.porting.safetensors_io import Spec, Stored, pieces, spec, stream, tell
 from blip3o_jax.types import Params
 
 _HOLE = re.compile(r"\{(\w+|\*)\}")
@@ -215,8 +215,8 @@ class Canonical(Mapping[str, np.ndarray]):
   def stream(self, name: str, dtype: np.dtype) -> Stored:
     """The array as `dtype`; piece by piece, without ever being in memory, where it lies in a file just so."""
     keys = self._keys[name]
-    if len(keys) == 1 and hasattr(self._reader, "stream") and self.spec(name).dtype == dtype:
-      return self._reader.stream(keys[0])
+    if len(keys) == 1 and self.spec(name).dtype == dtype:
+      return stream(self._reader, keys[0])
     return cast(self[name], dtype)
 
   def spec(self, name: str) -> Spec:
@@ -295,6 +295,13 @@ def to_ours(
   """
   found, problems = fit(rules, reader, abstract)
   tell(problems, "weights do not fit the model")
+  return fill(rules, found, abstract, place=place)
+
+
+def fill(
+  rules: Sequence[Rule], found: Canonical, abstract: Params, *, place: Callable[[str, np.ndarray], Any] | None = None
+) -> dict[str, Any]:
+  """The second half of `to_ours`: from weights that `fit` found to fit."""
   leaves, done = flatten(abstract), {}
   for paths, outputs in itertools.groupby(_outputs(rules, leaves), key=lambda out: out.paths):
     arrays = [np.empty(leaves[path].shape, leaves[path].dtype) for path in paths]
@@ -307,9 +314,9 @@ def to_ours(
   return unflatten({path: done[path] for path in leaves})
 
 
-def stored_dtypes(rules: Sequence[Rule], reader: Mapping[str, Any], abstract: Params) -> dict[str, Any]:
+def stored_dtypes(rules: Sequence[Rule], found: Canonical, abstract: Params) -> dict[str, Any]:
   """`abstract` with the dtype in which each leaf is stored: the widest, where its layers differ."""
-  found, leaves, dtypes = fit(rules, reader, abstract)[0], flatten(abstract), {}
+  leaves, dtypes = flatten(abstract), {}
   for out in _outputs(rules, leaves):
     for path in out.paths if out.key in found else ():
       dtypes[path] = jnp.promote_types(dtypes.get(path, found.spec(out.key).dtype), found.spec(out.key).dtype)

@@ -1,5 +1,6 @@
 """From the name of a model to the model: bundled, a directory, a bucket, the hub (floor 3)."""
 
+import functools
 import importlib.resources
 import os
 import re
@@ -82,6 +83,7 @@ def find(name: os.PathLike | str) -> epath.Path:
   raise UserError(f"{text}: no such model; give a directory with {model_dir.MANIFEST}, or a bundled name ({names})")
 
 
+@functools.cache  # a run opens its init_from several times
 def _fetch(hub_id: str) -> epath.Path:
   import huggingface_hub  # slow to import, and seldom needed
 

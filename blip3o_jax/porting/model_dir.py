@@ -93,7 +93,7 @@ def open_directory(directory: os.PathLike | str, name: str = "") -> Source:
     preset=manifest.preset,
     overrides=manifest.overrides,
     weights=weights,
-    hashes={component: entry["hash"] for component, entry in manifest.components.items()},
+    entries=manifest.components,
     tokenizer=root / _TOKENIZER if (root / _TOKENIZER).is_dir() else None,
     preprocessor=content,
     sampling=manifest.sampling,
@@ -145,7 +145,7 @@ def write(
     if main:
       for name in old.components if old else ():
         if name not in entries:
-          entries[name] = _carry(temporary, name, old, format, dtype, rewrite)
+          entries[name] = _rewrite(temporary, name, old, format, dtype) if rewrite else _carry(temporary, name, old)
       tokenizer = tokenizer_dir or (old.tokenizer_dir() if old and old.tokenizer else None)
       if tokenizer is not None:
         take_tokenizer(tokenizer, temporary / _TOKENIZER)
@@ -258,13 +258,17 @@ def _entry(format: str, specs: Mapping[str, Spec], digest: str) -> dict[str, Any
   }
 
 
-def _carry(root: epath.Path, name: str, source: Source, format: str, dtype: Any, rewrite: bool) -> dict[str, Any]:
-  """A component of another model: written anew, or as it is (linked, if it lies in a model directory)."""
-  lies = source.path / _WEIGHTS / name
-  if not rewrite and lies.exists():
-    _take_tree(lies, root / _WEIGHTS / name)
-    return read_manifest(source.path).components[name]
-  if rewrite and format == "orbax":
+def _carry(root: epath.Path, name: str, source: Source) -> dict[str, Any]:
+  """A component of another model as it is: linked, if it lies in a model directory."""
+  if name not in source.entries:
+    return _write_arrays(root, name, *source.reference(name))
+  _take_tree(source.path / _WEIGHTS / name, root / _WEIGHTS / name)
+  return source.entries[name]
+
+
+def _rewrite(root: epath.Path, name: str, source: Source, format: str, dtype: Any) -> dict[str, Any]:
+  """A component of another model written anew."""
+  if format == "orbax":
     return _write_params(root, name, source.config(), source.read_as_stored(name), format, dtype)
   return _write_arrays(root, name, *source.reference(name, dtype))
 

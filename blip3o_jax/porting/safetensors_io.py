@@ -150,8 +150,7 @@ class Renamed(Mapping[str, np.ndarray]):
 
   def stream(self, key: str) -> Stored:
     """As that of `Reader`."""
-    name = self._names[key]
-    return self._reader.stream(name) if hasattr(self._reader, "stream") else np.ascontiguousarray(self._reader[name])
+    return stream(self._reader, self._names[key])
 
   def shape(self, key: str) -> tuple[int, ...]:
     return spec(self._reader, self._names[key]).shape
@@ -173,6 +172,11 @@ def spec(reader: Mapping[str, Any], key: str) -> Spec:
   if hasattr(reader, "shape"):
     return Spec(tuple(reader.shape(key)), np.dtype(reader.dtype(key)))
   return Spec(tuple(reader[key].shape), np.dtype(reader[key].dtype))
+
+
+def stream(reader: Mapping[str, Any], key: str) -> Stored:
+  """An array of a reader, in pieces where the reader can give it so."""
+  return reader.stream(key) if hasattr(reader, "stream") else np.asarray(reader[key])
 
 
 def open_weights(path: os.PathLike | str) -> Reader:

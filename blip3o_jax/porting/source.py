@@ -56,7 +56,7 @@ class Source:
     name: as the user gave it. path: where it lies.
     preset, overrides: of models.presets.
     weights: {component: reader of reference keys, or OrbaxWeights}.
-    hashes: content hashes that are known without reading.
+    entries: what model.json says of each component, of a model directory (its hash is then known without reading).
     tokenizer: the directory that holds one, or None. preprocessor: in the keys of preprocessor_config.json.
     sampling, provenance: see model_dir.Manifest.
   """
@@ -66,7 +66,7 @@ class Source:
   preset: str
   overrides: dict[str, Any]
   weights: dict[str, Mapping[str, Any] | OrbaxWeights]
-  hashes: dict[str, str] = dataclasses.field(default_factory=dict)
+  entries: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
   tokenizer: epath.Path | None = None
   preprocessor: dict[str, Any] | None = None
   sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -99,24 +99,27 @@ class Source:
     """
     for name in names:
       self._weights(name)
-    abstract = abstract_params(self.config(), names) if abstract is None else abstract
-    self.check(names, abstract)
+    own = abstract is None
+    abstract = abstract_params(self.config(), names) if own else abstract
+    fits = {
+      name: self._fit(name) if own else convert.fit(self._table(name), self.weights[name], abstract[name])
+      for name in names
+      if not isinstance(self.weights[name], OrbaxWeights)  # such a tree is checked when it is read
+    }
+    tell([problem for _, problems in fits.values() for problem in problems], f"{self.name} does not fit the model")
     params = {}
     for name in names:
-      tree = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=x.sharding), abstract[name]
-      )
-      found = self.weights[name]
+      give = lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=x.sharding)
+      tree, found = jax.tree.map(give, abstract[name]), self.weights[name]
       orbax = isinstance(found, OrbaxWeights)
-      params[name] = _read_orbax(found.path, tree) if orbax else _fill(self._table(name), found, tree)
+      params[name] = _read_orbax(found.path, tree) if orbax else _fill(self._table(name), fits[name][0], tree)
     return params
 
-  def check(self, names: Sequence[str] | None = None, abstract: Mapping[str, Params] | None = None) -> None:
+  def check(self, names: Sequence[str] | None = None) -> None:
     """Whether keys and shapes fit the configuration (Orbax trees are checked when read). Raises UserError."""
-    problems = []
-    for name in self.components if names is None else names:
-      if not isinstance(found := self.weights[name], OrbaxWeights):
-        problems += (convert.fit(self._table(name), found, abstract[name]) if abstract else self._fit(name))[1]
+    names = self.components if names is None else names
+    read = [name for name in names if not isinstance(self.weights[name], OrbaxWeights)]
+    problems = [problem for name in read for problem in self._fit(name)[1]]
     tell(problems, f"{self.name} does not fit the model")
 
   def reference(self, name: str, dtype: Any = None) -> tuple[dict[str, Spec], Iterator[tuple[str, Stored]]]:
@@ -142,8 +145,10 @@ class Source:
     """A component as `read` gives it, each leaf in the dtype in which it is stored (the widest of its layers)."""
     found, abstract = self._weights(name), abstract_params(self.config(), (name,))[name]
     if isinstance(found, OrbaxWeights):
-      return self.read((name,), {name: _stored_dtypes(found.path, abstract)})[name]
-    return self.read((name,), {name: convert.stored_dtypes(self._table(name), found, abstract)})[name]
+      stored = _stored_dtypes(found.path, abstract)
+    else:
+      stored = convert.stored_dtypes(self._table(name), self._fit(name)[0], abstract)
+    return self.read((name,), {name: stored})[name]
 
   def dropped(self) -> list[str]:
     """Keys that are knowingly left out."""
@@ -153,7 +158,7 @@ class Source:
   def content_hash(self, name: str) -> str:
     """The content hash of a component; weights in the release's layout do not state it, so they are read."""
     self._weights(name)
-    return self.hashes.get(name) or convert.content_hash(self.reference(name)[1])
+    return self.entries[name]["hash"] if name in self.entries else convert.content_hash(self.reference(name)[1])
 
   def tokenizer_dir(self) -> Path:
     """A local directory with the tokenizer alone. Raises UserError if there is none."""
@@ -247,8 +252,8 @@ _PREPROCESSORS = {
 }
 
 
-def _fill(table: Sequence[convert.Rule], reader: Mapping[str, Any], abstract: Params) -> dict[str, Any]:
-  """A component from reference weights, each leaf put where `abstract` says."""
+def _fill(table: Sequence[convert.Rule], found: convert.Canonical, abstract: Params) -> dict[str, Any]:
+  """A component from weights that fit, each leaf put where `abstract` says."""
   leaves = convert.flatten(abstract)
 
   def place(path: str, array: np.ndarray) -> jax.Array:
@@ -257,7 +262,7 @@ def _fill(table: Sequence[convert.Rule], reader: Mapping[str, Any], abstract: Pa
       return jnp.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-  return convert.to_ours(table, reader, abstract, place=place)
+  return convert.fill(table, found, abstract, place=place)
 
 
 def _read_orbax(where: epath.Path, abstract: Params) -> dict[str, Any]:

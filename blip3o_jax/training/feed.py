@@ -17,7 +17,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.models.blip3o import Blip3oConfig
 from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig
 from blip3o_jax.porting.locate import open_model
-from blip3o_jax.porting.source import default_preprocessor
+from blip3o_jax.porting.source import Source, default_preprocessor
 from blip3o_jax.types import Batch
 
 
@@ -27,8 +27,8 @@ def open_loader(config: ConfigDict, architecture: Blip3oConfig, start_step: int)
   Raises:
     UserError: missing data or tokenizer; conversations for a backbone other than Qwen2.5-VL.
   """
-  folder = tokenizer_dir(config)
   source = open_model(config.init_from) if config.init_from else None
+  folder = tokenizer_dir(config, source)
   backbone, pictures = architecture.backbone, {}
   if isinstance(backbone, Qwen25VLConfig):
     preprocessor = source.image_preprocessor() if source else default_preprocessor(architecture)
@@ -48,11 +48,10 @@ def open_loader(config: ConfigDict, architecture: Blip3oConfig, start_step: int)
   )
 
 
-def tokenizer_dir(config: ConfigDict) -> Path | None:
-  """The config's own tokenizer, or that of init_from, or none."""
+def tokenizer_dir(config: ConfigDict, source: Source | None) -> Path | None:
+  """The config's own tokenizer, or that of `source`, its init_from, or none."""
   if config.tokenizer:
     return Path(config.tokenizer)
-  source = open_model(config.init_from) if config.init_from else None
   return source.tokenizer_dir() if source and source.tokenizer else None
 
 

@@ -259,7 +259,7 @@ def export(config: ConfigDict, program: Program, params: Params, directory: Path
     params={name: tree for name, tree in params.items() if name in program.state.trained or name not in carried},
     format=config.export,
     carry_from=source,
-    tokenizer_dir=tokenizer_dir(config),
+    tokenizer_dir=tokenizer_dir(config, source),
     sampling=config.sampling.to_dict(),
     provenance={
       "objective": config.objective,
