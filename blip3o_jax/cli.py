@@ -128,7 +128,14 @@ def make_parser() -> argparse.ArgumentParser:
   reconstruct.add_argument("--out", required=True, type=Path, metavar="DIR")
 
   convert = command("convert", _convert, "weights of the PyTorch release in, or out again")
-  convert.add_argument("--from", dest="source", required=True, metavar="DIR", help="anything that --model takes")
+  convert.add_argument(
+    "--from",
+    dest="source",
+    required=True,
+    nargs="+",
+    metavar="DIR",
+    help="anything that --model takes; of several, each part comes from the first that has it",
+  )
   convert.add_argument("--to", required=True, type=Path, metavar="DIR")
   convert.add_argument(
     "--format",

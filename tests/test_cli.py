@@ -194,7 +194,7 @@ def test_convert_passes_on_format_and_dtype(replace, tmp_path, capsys):
   called = []
   replace("blip3o_jax.porting.locate", convert_model=lambda *a, **k: called.append((a, k)) or ["left out: x", a[1]])
   assert run("convert", "--from", "micro", "--to", tmp_path / "new", "--dtype", "float16") == 0
-  assert called == [(("micro", tmp_path / "new"), {"format": None, "part": None, "dtype": "float16"})]
+  assert called == [((["micro"], tmp_path / "new"), {"format": None, "part": None, "dtype": "float16"})]
   assert capsys.readouterr().out == f"left out: x\n{tmp_path / 'new'}\n"
 
 

@@ -1,15 +1,18 @@
 """From the name of a model to the model: bundled, a directory, a bucket, the hub (floor 3)."""
 
+import dataclasses
 import functools
 import importlib.resources
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from etils import epath
 
 from blip3o_jax.errors import UserError
+from blip3o_jax.models import presets
 from blip3o_jax.porting import model_dir, release
 from blip3o_jax.porting.source import TOKENIZER_FILES, Source
 
@@ -32,8 +35,32 @@ def open_model(name: os.PathLike | str) -> Source:
   return release.open_release(path, os.fspath(name))
 
 
+def open_models(names: Sequence[os.PathLike | str]) -> Source:
+  """The models behind several names as one: every part from the first of them that has it, its sizes with it; all else
+  from the first.
+
+  Raises:
+    UserError: as `open_model`.
+  """
+  first, *others = [open_model(name) for name in names]
+  for other in others:
+    new = {name: found for name, found in other.weights.items() if name not in first.weights}
+    fields = [*new, *(("decoder_process", "image_size") if "unet" in new else ())]
+    config = dataclasses.replace(first.config(), **{name: getattr(other.config(), name) for name in fields})
+    first = dataclasses.replace(
+      first,
+      name=f"{first.name} and {other.name}",
+      overrides=model_dir.plain(presets.difference(presets.get(first.preset), config)),
+      weights=first.weights | new,
+      entries=first.entries | {name: entry for name, entry in other.entries.items() if name in new},
+      tokenizer=first.tokenizer or other.tokenizer,
+      provenance=first.provenance + other.provenance,
+    )
+  return first
+
+
 def convert_model(
-  name: os.PathLike | str,
+  name: os.PathLike | str | Sequence[os.PathLike | str],
   directory: os.PathLike | str,
   *,
   format: str | None = None,
@@ -43,7 +70,7 @@ def convert_model(
   """Write a model in another layout; no array but the one at hand is in memory (to Orbax: one component).
 
   Args:
-    name: see `open_model`.
+    name: see `open_model`; several names: see `open_models`.
     format: None: a model directory of safetensors; "orbax": one of Orbax trees; "safetensors": the release's layout.
     part: of the release's layout, this component alone.
     dtype: name of what floating-point numbers become; None: as they are stored.
@@ -54,7 +81,8 @@ def convert_model(
   Raises:
     UserError: whatever is wrong with the model, before anything is written; trouble of the disk.
   """
-  source, dtype = open_model(name), dtype and jnp.dtype(dtype)
+  names = [name] if isinstance(name, str | os.PathLike) else name
+  source, dtype = open_models(names), dtype and jnp.dtype(dtype)
   if part and format != "safetensors":
     raise UserError("--part goes with --format safetensors; a model directory holds its parts apart anyway")
   told = [f"left out, {source.name} has it but the model does not: {key}" for key in source.dropped()]
