@@ -147,8 +147,7 @@ class VisionBlock(nn.Module):
     )
     q, k, v = rope.rotate_halves(heads("q"), phase), rope.rotate_halves(heads("k"), phase), heads("v")
     segment = jnp.where(full, image, window)
-    mask = (segment[:, :, None] == segment[:, None, :])[:, None]
-    y = attention(q, k, v, mask).reshape(x.shape)
+    y = attention(q, k, v, segments=(segment, segment)).reshape(x.shape)
     x = x + Dense(cfg.dim, ("heads", "embed"), name="proj", **kinds)(y)
     y = RMSNorm(cfg.norm_eps, name="norm2", **kinds)(x)
     x = x + SwiGLU(cfg.mlp_dim, use_bias=True, name="mlp", **kinds)(y)

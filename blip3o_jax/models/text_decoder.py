@@ -139,18 +139,19 @@ class KVCache:
   Attributes:
     k, v: [layers, B, S, G, K], rotated keys.
     mask: bool [B, S], True where a real token lies.
-    index: int32 scalar, the first free slot. Writing past slot S is the caller's mistake: it lands on the last slots.
+    index: the first free slot, an int where tracing knows it (no masked slots are computed then), else an int32 scalar.
+      Writing past slot S is the caller's mistake: it lands on the last slots.
   """
 
   k: jax.Array
   v: jax.Array
   mask: jax.Array
-  index: jax.Array
+  index: int | jax.Array
 
   @classmethod
   def empty(cls, cfg: TextDecoderConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> "KVCache":
     shape = (cfg.layers, batch, slots, cfg.kv_heads, cfg.head_size)
-    return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, slots), bool), jnp.int32(0))
+    return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, slots), bool), 0)
 
   def grow(self, slots: int) -> "KVCache":
     """The same cache with `slots` more free slots."""
@@ -192,8 +193,12 @@ class Attention(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, cached, phase, mask, index):
-    """x [B, L, D], cached None or (k, v) [B, S, G, K] -> ([B, L, D], new (k, v) [B, L, G, K])."""
+  def __call__(self, x, cached, phase, seen, slot):
+    """x [B, L, D], cached None or (k, v) [B, S, G, K] -> ([B, L, D], new (k, v) [B, L, G, K]).
+
+    Without a slot the cached tokens are those just before x, and `seen` are segments (see nn.attention); with one, x
+    goes into the slots from there on, and `seen` is a mask.
+    """
     cfg, kinds = self.cfg, {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     def project(name, heads, axis):
@@ -207,9 +212,12 @@ class Attention(nn.Module):
       k = RMSNorm(cfg.norm_eps, name="k_norm", **kinds)(k)
     q, k = rope.rotate_halves(q, phase), rope.rotate_halves(k, phase)
     keys, values = k, v
-    if cached is not None:
-      keys, values = (jax.lax.dynamic_update_slice_in_dim(c, n, index, 1) for c, n in zip(cached, (k, v), strict=True))
-    y = attention(q, keys, values, mask).reshape(*x.shape[:2], -1)
+    if slot is not None:
+      keys, values = (jax.lax.dynamic_update_slice_in_dim(c, n, slot, 1) for c, n in zip(cached, (k, v), strict=True))
+    elif cached is not None:
+      keys, values = (jnp.concatenate([c, n], axis=1) for c, n in zip(cached, (k, v), strict=True))
+    seen = {"causal": True, "segments": seen} if slot is None else {"mask": seen}
+    y = attention(q, keys, values, **seen).reshape(*x.shape[:2], -1)
     return Dense(cfg.dim, ("heads", "embed"), use_bias=False, name="o", **kinds)(y), (k, v)
 
 
@@ -221,11 +229,11 @@ class Block(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, cached, phase, mask, index):
+  def __call__(self, x, cached, phase, seen, slot):
     cfg, kinds = self.cfg, {"dtype": self.dtype, "param_dtype": self.param_dtype}
     x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
     y = RMSNorm(cfg.norm_eps, name="input_norm", **kinds)(x)
-    y, new = Attention(cfg, name="attention", **kinds)(y, cached, phase, mask, index)
+    y, new = Attention(cfg, name="attention", **kinds)(y, cached, phase, seen, slot)
     x = x + y
     x = x + SwiGLU(cfg.mlp_dim, name="mlp", **kinds)(RMSNorm(cfg.norm_eps, name="post_norm", **kinds)(x))
     x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
@@ -274,15 +282,19 @@ class TextDecoder(nn.Module):
     if positions.ndim == 2:
       positions = jnp.broadcast_to(positions[:, None], (positions.shape[0], 3, length))
     phase = rope.phases(jnp.swapaxes(positions, 1, 2), axis, frequency)
-    index = jnp.int32(0) if cache is None else cache.index
+    index = 0 if cache is None else cache.index
     valid = mask if cache is None else jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, index, 1)
-    seen = jnp.arange(valid.shape[1])[None] <= index + jnp.arange(length)[:, None]
-    attend = (seen[None] & valid[:, None])[:, None]
-    cached = None if cache is None else (cache.k, cache.v)
-    x, new = self.layers(embeddings.astype(self.dtype), cached, phase, attend, index)
+    if isinstance(index, int):  # exactly the tokens so far, in words that an attention kernel understands
+      cached = None if cache is None else (cache.k[:, :, :index], cache.v[:, :, :index])
+      seen, slot = (mask, valid[:, : index + length]), None
+    else:
+      cached, slot = (cache.k, cache.v), index
+      seen = jnp.arange(valid.shape[1]) <= index + jnp.arange(length)[:, None]
+      seen = (seen & valid[:, None])[:, None]
+    x, new = self.layers(embeddings.astype(self.dtype), cached, phase, seen, slot)
     if cache is not None:
-      k, v = (jax.lax.dynamic_update_slice_in_dim(c, n, index, 2) for c, n in zip(cached, new, strict=True))
-      cache = KVCache(k, v, valid, index + length)
+      write = lambda old, rows: jax.lax.dynamic_update_slice_in_dim(old, rows, index, 2)
+      cache = KVCache(write(cache.k, new[0]), write(cache.v, new[1]), valid, index + length)
     return TextOutput(self.norm(x), cache)
 
   def decode(self, embeddings, positions, mask, cache=None) -> TextOutput:

@@ -1,26 +1,70 @@
-"""Attention: the one place where the kernel is chosen."""
+"""Attention: the one place where the kernel is chosen.
 
+On a TPU long sequences go through Pallas' splash attention, which never writes the [L, S] logits to memory; everywhere
+else, and where a sequence is shorter than a block of the kernel, plain XLA is used. The platform is that of the mesh in
+context (`jax.set_mesh`), so that a program compiled ahead of time for a TPU on another machine is the one that runs
+there.
+"""
+
+import functools
+import math
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec
+
+Segments = tuple[jax.Array, jax.Array]  # int [B, L] of the queries and [B, S] of the keys
+
+LANES = 128  # the kernel's unit of length
+_BLOCK = 512  # logits are computed in tiles of at most this many queries by keys
 
 
 def attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None, *, scale: float | None = None
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array | None = None,
+  *,
+  causal: bool = False,
+  segments: Segments | None = None,
+  scale: float | None = None,
 ) -> jax.Array:
   """Softmax attention with grouped key-value heads.
+
+  A kernel cannot take any `mask`: say what may attend by `causal` and `segments` wherever these can say it.
 
   Args:
     q: [B, L, H, K].
     k, v: [B, S, G, K]; query head j reads key-value head j // (H / G).
     mask: bool, broadcastable to [B, 1 or H, L, S]; True = may attend. A row with nothing to attend gives the mean of v.
+    causal: the queries are the last L of the S places, and see none after their own.
+    segments: numbers of queries and keys; a query sees the keys of its own number.
     scale: factor on the logits, 1 / sqrt(K) if None.
 
   Returns:
     [B, L, H, K] in the dtype of `v`. Logits and softmax are float32.
   """
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  if mask is None and min(q.shape[1], k.shape[1]) >= LANES and target_platform() == "tpu":
+    return _on_mesh(functools.partial(splash_attention, causal=causal, scale=scale), q, k, v, segments)
+  return plain_attention(q, k, v, _dense(q, k, mask, causal, segments), scale=scale)
+
+
+def target_platform() -> str:
+  """ "tpu", "gpu" or "cpu": of the mesh in context if there is one, else of the default device."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is None:
+    return jax.default_backend()
+  # The name of the kind, since older versions of JAX do not tell the platform.
+  return "tpu" if device.device_kind.startswith("TPU") else "cpu" if device.device_kind == "cpu" else "gpu"
+
+
+def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, *, scale: float) -> jax.Array:
+  """`attention` in XLA, with a dense mask."""
   b, length, heads, size = q.shape
   groups = k.shape[2]
-  scale = size**-0.5 if scale is None else scale
   q = q.reshape(b, length, groups, heads // groups, size)
   logits = jnp.einsum("blgrk,bsgk->bgrls", q, k, preferred_element_type=jnp.float32) * scale
   if mask is not None:
@@ -32,6 +76,86 @@ def attention(
     logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
   probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
   return jnp.einsum("bgrls,bsgk->blgrk", probs, v).reshape(b, length, heads, v.shape[-1])
+
+
+def _dense(q, k, mask, causal: bool, segments: Segments | None) -> jax.Array | None:
+  """The bool mask [B, 1 or H, L, S] that all three ways to give one make together."""
+  length, slots = q.shape[1], k.shape[1]
+  both = lambda a, b: b if a is None else a & b
+  if causal:
+    mask = both(mask, jnp.arange(slots)[None, None, None] <= jnp.arange(slots - length, slots)[None, None, :, None])
+  if segments is not None:
+    mask = both(mask, (segments[0][:, :, None] == segments[1][:, None, :])[:, None])
+  return mask
+
+
+# ---- the kernel
+
+
+def splash_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segments: Segments | None = None,
+  *,
+  causal: bool = False,
+  scale: float,
+  interpret: bool = False,
+) -> jax.Array:
+  """`attention` as Pallas kernels, forward and backward, on the arrays of one device.
+
+  Lengths are padded to whole lanes here; the padding is a segment of its own. `interpret` runs the kernel on a CPU,
+  very slowly, to check its numbers. The scale goes into q, in its dtype: in bfloat16 one rounding more than in XLA.
+  """
+  b, length, heads, _ = q.shape
+  slots = k.shape[1]
+  pad = lambda x, fill=0: jnp.pad(x, [(0, 0), (0, -x.shape[1] % LANES)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+  if segments is None and (length % LANES or slots % LANES):
+    segments = jnp.zeros((b, length), jnp.int32), jnp.zeros((b, slots), jnp.int32)
+  if segments is not None:
+    segments = splash.SegmentIds(*(pad(x.astype(jnp.int32), -1) for x in segments))
+  heads_first = lambda x: pad(x).swapaxes(1, 2)
+  q, k, v = heads_first((q * scale).astype(q.dtype)), heads_first(k), heads_first(v)
+  shape = q.shape[2], k.shape[2]
+  seen = splash.CausalMask(shape, offset=slots - length) if causal else splash.FullMask(shape)
+  kernel = splash.make_splash_mha(
+    splash.MultiHeadMask([seen] * heads),
+    block_sizes=_blocks(*shape),
+    head_shards=1,
+    q_seq_shards=1,
+    interpret=interpret,
+  )
+  out = jax.vmap(kernel)(q, k, v, segments)
+  return out.swapaxes(1, 2)[:, :length].astype(v.dtype)
+
+
+def _blocks(length: int, slots: int) -> splash.BlockSizes:
+  """The largest tiles of at most _BLOCK that divide the padded lengths."""
+  largest = lambda n: max(d for d in range(LANES, _BLOCK + 1, LANES) if n % d == 0)
+  rows, columns = largest(length), largest(slots)
+  return splash.BlockSizes(
+    block_q=rows,
+    block_kv=columns,
+    block_q_dkv=rows,
+    block_kv_dkv=columns,
+    block_q_dq=rows,
+    block_kv_dq=columns,
+  )
+
+
+def _on_mesh(kernel, q, k, v, segments: Segments | None) -> jax.Array:
+  """`kernel(q, k, v, segments)` on every device's own rows and heads: the compiler cannot cut up a kernel by itself."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return kernel(q, k, v, segments)
+  ways = lambda axes: math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+  rows, heads = nn.logical_to_mesh_axes(("batch", "act_heads"))
+  # Whole on every device where it does not divide: correct, and only for small cases (one row, an odd number of heads).
+  rows = rows if q.shape[0] % ways(rows) == 0 else None
+  heads = heads if q.shape[2] % ways(heads) == 0 == k.shape[2] % ways(heads) else None
+  x, number = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
+  in_specs = (x, x, x, None if segments is None else (number, number))
+  return jax.shard_map(kernel, in_specs=in_specs, out_specs=x, check_vma=False)(q, k, v, segments)
 
 
 def linear_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
