@@ -18,6 +18,7 @@ from blip3o_jax.models.siglip import SiglipConfig
 from blip3o_jax.models.text_decoder import RopeScaling, TextDecoderConfig
 from blip3o_jax.models.text_tower import TextTowerConfig
 from blip3o_jax.models.unet import UNetConfig
+from blip3o_jax.nn.stack import REMAT_POLICIES
 
 # EVA-CLIP-E/14+ at 448 pixels: 4,350,208,256 parameters (spec 5.1, 10.3).
 EVA_CLIP_E = EvaClipConfig(
@@ -223,6 +224,24 @@ def get(name: str, overrides: Mapping[str, Any] | None = None) -> Blip3oConfig:
   if name not in PRESETS:
     raise UserError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
   return _replace(PRESETS[name](), overrides or {}, "model")
+
+
+def with_remat(config: Any, name: str) -> Any:
+  """`config` with every stack of layers under the remat policy `name` (nn.stack).
+
+  Raises:
+    UserError: no such policy.
+  """
+  if name not in REMAT_POLICIES:
+    raise UserError(f"config.remat {name!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}")
+  changes = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if field.name == "remat":
+      changes["remat"] = name
+    elif dataclasses.is_dataclass(value):
+      changes[field.name] = with_remat(value, name)
+  return dataclasses.replace(config, **changes)
 
 
 def difference(base: Any, config: Any) -> dict[str, Any]:

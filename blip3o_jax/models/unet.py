@@ -15,7 +15,7 @@ from blip3o_jax.nn.embeddings import grid_code, timestep_features
 from blip3o_jax.nn.linear import Conv, Dense, default_init
 from blip3o_jax.nn.norms import GroupNorm, LayerNorm
 from blip3o_jax.nn.resnet import Downsample, ResnetBlock, Upsample
-from blip3o_jax.nn.stack import REMAT_POLICIES, scan_layers
+from blip3o_jax.nn.stack import rematted, scan_layers
 
 IMAGE = ("batch", None, None, "act_embed")
 TOKENS = ("batch", "length", "act_embed")
@@ -52,7 +52,7 @@ class UNetConfig:
   position_code: bool = False
   tie_query_key_init: bool = False
   conv_method: str = "conv"
-  remat: str = "none"  # "none" | "full" | "dots"
+  remat: str = "none"
 
   def __post_init__(self):
     levels = len(self.block_out_channels)
@@ -262,9 +262,7 @@ class UNet(nn.Module):
     if projected is None:
       context = self._with_code(context)
 
-    resnet_block = ResnetBlock
-    if cfg.remat != "none":
-      resnet_block = nn.remat(ResnetBlock, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
+    resnet_block = rematted(ResnetBlock, cfg.remat)
 
     def conv(features, name):
       return Conv(features, method=cfg.conv_method, **types, name=name)

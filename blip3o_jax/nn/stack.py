@@ -5,10 +5,25 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from blip3o_jax.errors import UserError
+
+# What the backward pass finds saved and what it computes again, by name.
 REMAT_POLICIES = {
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "none": None,  # everything is saved
+  "full": jax.checkpoint_policies.nothing_saveable,  # the inputs of a block, and no more
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the products without batch dimensions as well
 }
+
+
+def rematted(block: type[nn.Module], remat: str) -> type[nn.Module]:
+  """`block` under the policy called `remat`.
+
+  Raises:
+    UserError: no such policy.
+  """
+  if remat not in REMAT_POLICIES:
+    raise UserError(f"remat {remat!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}")
+  return block if remat == "none" else nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
 
 
 def scan_layers(block: type[nn.Module], length: int, *, remat: str = "none", in_axes: Any = (), out_axes: Any = 0):
@@ -16,16 +31,14 @@ def scan_layers(block: type[nn.Module], length: int, *, remat: str = "none", in_
 
   Args:
     block: its __call__(carry, *inputs) returns (carry, output of this layer).
-    remat: "none" | "full" (save block inputs only) | "dots" (save the products without batch dimensions as well).
+    remat: a name of REMAT_POLICIES.
     in_axes: one entry an input: 0 (a slice a layer) or nn.broadcast.
 
   Returns:
     A module class with the fields of `block`.
   """
-  if remat != "none":
-    block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
   return nn.scan(
-    block,
+    rematted(block, remat),
     variable_axes={"params": 0, "intermediates": 0},
     split_rngs={"params": True},
     length=length,

@@ -1,4 +1,4 @@
-"""The device mesh: axes `data` (whole copies), `fsdp` (copies cut up), `tensor` (layers cut up)."""
+"""The device mesh: `slice` and `data` (whole copies of the model), `fsdp` (copies cut up), `tensor` (layers cut up)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,57 +10,84 @@ from jax.sharding import AxisType, Mesh
 
 from blip3o_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+# Outermost first. `slice` has an axis of its own, so that one sees what crosses the slow network between slices of a
+# pod: the batch is cut over it, no parameter ever is, so it carries the sum of the gradients and nothing else.
+AXES = ("slice", "data", "fsdp", "tensor")
 
 
 def make_mesh(
-  sizes: Mapping[str, int] | None = None, *, batch_size: int = 0, devices: Sequence[jax.Device] | None = None
+  sizes: Mapping[str, int] | None = None,
+  *,
+  batch_size: int = 0,
+  parts: int = 1,
+  devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """A mesh over all devices, its axes `Auto` (the compiler spreads the shardings).
 
   Args:
-    sizes: devices along each axis; -1 (one axis at most) takes the rest. Default: everything on `data`.
-    batch_size: global batch, 0 if unknown. It must divide over data * fsdp. Simulated CPU devices are there for speed
-      alone, so on one CPU process the rest is as many of them as divide the batch.
-    devices: all devices of all processes by default.
+    sizes: devices along each axis; -1 (one axis at most) takes the rest, 0 for `slice` is as many slices as the devices
+      say they are of. Default: everything on `data`.
+    batch_size: global batch, 0 if unknown. Each of its `parts` (accumulated one after the other) must divide over
+      slice * data * fsdp. Simulated CPU devices are there for speed alone, so on one CPU process the rest is as many
+      of them as divide the batch.
+    devices: all devices of all processes by default; those of a described topology do as well.
 
   Raises:
-    UserError: the sizes do not fill the devices, or the batch does not divide.
+    UserError: the sizes do not fill the devices, or the batch does not divide (naming the nearest that do).
   """
   chosen = devices is not None
   devices = list(devices if chosen else jax.devices())
-  sizes = {"data": -1, "fsdp": 1, "tensor": 1} | dict(sizes or {})
+  slices = len({_slice_of(d) for d in devices})
+  sizes = {"slice": 0, "data": -1, "fsdp": 1, "tensor": 1} | dict(sizes or {})
   if unknown := set(sizes) - set(AXES):
     raise UserError(f"mesh.{min(unknown)} is no mesh axis; there are {', '.join(AXES)}")
+  sizes["slice"] = sizes["slice"] or slices
+  if slices > 1 and sizes["slice"] != slices:
+    raise UserError(f"mesh.slice is {sizes['slice']} for devices of {slices} slices; set it to {slices}, or 0")
   free = [axis for axis in AXES if sizes[axis] == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
-  if fixed < 1 or len(free) > 1 or (free and len(devices) < fixed):
+  if min(sizes.values()) < -1 or fixed < 1 or len(free) > 1 or (free and len(devices) < fixed):
     raise UserError(f"mesh {_words(sizes)} does not fit {len(devices)} devices; set sizes >= 1, and -1 for one axis")
-  simulated = devices[0].platform == "cpu" and jax.process_count() == 1 and not chosen
+  hosts = len({d.process_index for d in devices})
+  simulated = devices[0].platform == "cpu" and hosts == 1 and not chosen
+  rows = lambda: sizes["slice"] * sizes["data"] * sizes["fsdp"] * parts
   if free:
     sizes[free[0]] = len(devices) // fixed
-    while simulated and batch_size and sizes[free[0]] > 1 and batch_size % (sizes["data"] * sizes["fsdp"]):
+    while simulated and batch_size and sizes[free[0]] > 1 and batch_size % rows():
       sizes[free[0]] -= 1
   total = math.prod(sizes.values())
   if total > len(devices) or (total < len(devices) and not simulated):
     raise UserError(f"mesh {_words(sizes)} has {total} places for {len(devices)} devices; set one axis to -1")
-  rows = sizes["data"] * sizes["fsdp"]
-  if batch_size % rows:
-    raise UserError(f"batch_size {batch_size} does not divide over data * fsdp = {rows} devices; change either")
-  if rows % jax.process_count():
-    raise UserError(f"mesh {_words(sizes)}: data * fsdp = {rows} must be a multiple of {jax.process_count()} processes")
-  shape = tuple(sizes[axis] for axis in AXES)
-  return Mesh(_arrange(shape, devices[:total]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
-  """Devices in the order that suits the wires: the slow network between slices carries `data` only."""
-  slices = len({getattr(d, "slice_index", 0) for d in devices})
-  if slices > 1 and shape[0] % slices == 0:
-    return mesh_utils.create_hybrid_device_mesh(
-      (shape[0] // slices, *shape[1:]), (slices, *[1] * (len(shape) - 1)), devices
+  if batch_size % rows():
+    times = f" times {parts} accumulated parts" if parts > 1 else ""
+    raise UserError(
+      f"batch_size {batch_size} does not divide over {rows()}, slice * data * fsdp of mesh {_words(sizes)}{times}; "
+      f"the nearest that do are {_nearest(batch_size, rows())}"
     )
-  return mesh_utils.create_device_mesh(shape, devices)
+  if (rows() // parts) % hosts:
+    raise UserError(
+      f"mesh {_words(sizes)}: slice * data * fsdp is {rows() // parts}, which must be a multiple of the {hosts} "
+      "processes, since each reads its own rows of a batch; make tensor smaller"
+    )
+  shape = tuple(sizes[axis] for axis in AXES)
+  return Mesh(_arrange(shape, devices[:total], slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arrange(shape: tuple[int, ...], devices: list[jax.Device], slices: int) -> np.ndarray:
+  """Devices in the order that suits the wires."""
+  if slices > 1:
+    inside, between = (1, *shape[1:]), (slices, *[1] * (len(shape) - 1))
+    return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
+  return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def _slice_of(device: jax.Device) -> int:
+  return getattr(device, "slice_index", 0) or 0
+
+
+def _nearest(size: int, unit: int) -> str:
+  below = size // unit * unit
+  return f"{below} and {below + unit}" if below else f"{unit} and {2 * unit}"
 
 
 def _words(sizes: Mapping[str, int]) -> str:

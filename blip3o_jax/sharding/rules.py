@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# Parameters: kernels are cut once over `fsdp` and once over `tensor` (Megatron's columns and rows). Activations: the
-# batch over everything that is not `tensor`.
+# Parameters: kernels are cut once over `fsdp` and once over `tensor` (Megatron's columns and rows), never over `slice`.
+# Activations: the batch over everything that is not `tensor`.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
-  ("batch", ("data", "fsdp")),
+  ("batch", ("slice", "data", "fsdp")),
   ("length", None),
   ("act_embed", None),
   ("act_mlp", "tensor"),
@@ -79,7 +79,7 @@ def placed(mesh: Mesh, boxed: Any) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Every array of a batch is cut along its first axis."""
-  return NamedSharding(mesh, PartitionSpec(_TABLE["batch"]))
+  return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in _TABLE["batch"] if axis in mesh.shape)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

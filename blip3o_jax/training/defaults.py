@@ -12,8 +12,9 @@ from blip3o_jax.errors import UserError
 # Fields whose value is for their readers to check.
 _OPEN = ("model", "objective_args", "data", "sampling")
 
-# What may differ between two runs in one working directory: it changes nothing that is computed.
-_FREE = ("log_every", "save_every", "keep", "tensorboard")
+# What may differ between two runs in one working directory: it changes nothing that is computed, or, as where it is
+# computed, only the order of sums.
+_FREE = ("log_every", "save_every", "keep", "tensorboard", "mesh", "remat")
 
 
 def default_config() -> ConfigDict:
@@ -46,7 +47,8 @@ def default_config() -> ConfigDict:
   config.ema_decay = 0.0  # 0 = off
   config.compute_dtype = "bfloat16"
   config.max_bad_steps = 20  # non-finite steps in a row before the run gives up
-  config.mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+  config.mesh = {"slice": 0, "data": -1, "fsdp": 1, "tensor": 1}  # see sharding.mesh.make_mesh
+  config.remat = ""  # none | full | dots (nn.stack) for every stack; "" = each as its preset says
 
   config.log_every = 50
   config.save_every = 1000

@@ -84,7 +84,7 @@ def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> Trai
 
   # 2. Devices, model, optimizer and the jitted step. Nothing is allocated yet.
   distributed.start()
-  mesh = make_mesh(config.mesh, batch_size=config.batch_size // config.accumulate)
+  mesh = make_mesh(config.mesh, batch_size=config.batch_size, parts=config.accumulate)
   program = build(config, mesh)
   main_process = jax.process_index() == 0
   say = functools.partial(print, flush=True) if main_process else lambda *_: None
@@ -181,7 +181,8 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
   components = tuple(config.components) or objective.COMPONENTS
   dtype = jnp.dtype(config.compute_dtype)
   architecture = config.model.to_dict()
-  model = Blip3o(presets.get(architecture["preset"], architecture["overrides"]), dtype=dtype)
+  cfg = presets.get(architecture["preset"], architecture["overrides"])
+  model = Blip3o(presets.with_remat(cfg, config.remat) if config.remat else cfg, dtype=dtype)
   optimizer = optimizers.make_optimizer(config.optimizer)
   schedule = optimizers.make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
 

@@ -112,3 +112,11 @@ def test_what_is_unknown_is_told(name, overrides, words):
   with pytest.raises(UserError, match=words) as error:
     presets.get(name, overrides)
   assert "\n" not in str(error.value)
+
+
+def test_remat_reaches_every_stack():
+  config = presets.with_remat(presets.get("blip3o-8b"), "dots")
+  stacks = [config.backbone.text, config.backbone.vision, config.dit, config.clip, config.unet]
+  assert {stack.remat for stack in stacks} == {"dots"} and presets.difference(presets.get("blip3o-8b"), config) == {}
+  with pytest.raises(UserError, match="none, full, dots"):
+    presets.with_remat(config, "some")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.sharding import rules
 from blip3o_jax.sharding.mesh import make_mesh
 
-MESH = AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+MESH = AbstractMesh((3, 2, 4, 2), ("slice", "data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 4)
 
 
 @pytest.mark.parametrize("names, shape, expected", [
@@ -22,7 +23,7 @@ MESH = AbstractMesh((2, 4, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.
   (("layers", "embed", "heads"), (5, 8, 6), PartitionSpec(None, "fsdp", "tensor")),
   (("embed", "mlp"), (6, 8), PartitionSpec(None, "tensor")),  # 4 does not divide 6
   (("embed", "embed"), (8, 8), PartitionSpec("fsdp", None)),  # an axis is used once
-  (("batch", "length", "act_mlp"), (16, 3, 4), PartitionSpec(("data", "fsdp"), None, "tensor")),
+  (("batch", "length", "act_mlp"), (48, 3, 4), PartitionSpec(("slice", "data", "fsdp"), None, "tensor")),
   ((None, "norm"), (8, 8), PartitionSpec(None, None)),
 ])  # fmt: skip
 def test_spec(names, shape, expected):
@@ -45,10 +46,44 @@ def test_shardings_of_boxed_trees():
 
 def test_mesh():
   mesh = make_mesh({"data": -1})
-  assert mesh.axis_names == ("data", "fsdp", "tensor") and set(mesh.axis_types) == {AxisType.Auto}
-  for sizes in ({"data": 0}, {"data": -1, "fsdp": -1}, {"data": 3 * jax.device_count()}, {"model": 2}):
+  assert mesh.axis_names == ("slice", "data", "fsdp", "tensor") and set(mesh.axis_types) == {AxisType.Auto}
+  for sizes in ({"data": 0}, {"data": -2}, {"data": -1, "fsdp": -1}, {"data": 3 * jax.device_count()}, {"model": 2}):
     with pytest.raises(UserError, match="mesh"):
       make_mesh(sizes)
+
+
+class Chip(types.SimpleNamespace):
+  """What make_mesh asks of a TPU chip: numbered in its slice as a pod of 4 x 2 chips, 4 on a host."""
+
+  __hash__ = object.__hash__
+
+  def __init__(self, i, per_slice=8):
+    n = i % per_slice
+    super().__init__(
+      id=i, process_index=i // 4, slice_index=i // per_slice, platform="tpu", device_kind="TPU v5e",
+      coords=(n // 2, n % 2, 0), core_on_chip=0, num_cores=1,
+    )  # fmt: skip
+
+
+def test_slices():
+  """The slow network carries the outermost axis alone, found from the devices."""
+  chips = [Chip(i) for i in range(16)]
+  mesh = make_mesh({"data": 2, "fsdp": -1}, batch_size=32, devices=chips)
+  assert dict(mesh.shape) == {"slice": 2, "data": 2, "fsdp": 4, "tensor": 1}
+  assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
+  assert {d.id for d in mesh.devices.flat} == set(range(16))
+  with pytest.raises(UserError, match="mesh.slice is 1 for devices of 2 slices"):
+    make_mesh({"slice": 1}, devices=chips)
+  with pytest.raises(UserError, match="multiple of the 4 processes"):
+    make_mesh({"data": 1, "tensor": -1}, devices=chips)
+  assert dict(make_mesh({"slice": 2, "data": 4}, devices=chips[:8]).shape)["slice"] == 2  # one slice, cut by hand
+
+
+def test_a_batch_that_does_not_divide_is_told_the_nearest():
+  chips = [Chip(i) for i in range(8)]
+  for batch, parts, words in [(30, 1, "24 and 32"), (5, 1, "8 and 16"), (32, 3, "24 and 48")]:
+    with pytest.raises(UserError, match=f"the nearest that do are {words}"):
+      make_mesh(None, batch_size=batch, parts=parts, devices=chips)
 
 
 _FOUR = """
@@ -56,10 +91,12 @@ import jax
 jax.config.update("jax_num_cpu_devices", 4)
 from blip3o_jax.errors import UserError
 from blip3o_jax.sharding.mesh import make_mesh
-assert dict(make_mesh({"data": -1, "fsdp": 2}, batch_size=8).shape) == {"data": 2, "fsdp": 2, "tensor": 1}
+assert dict(make_mesh({"data": -1, "fsdp": 2}, batch_size=8).shape) == {"slice": 1, "data": 2, "fsdp": 2, "tensor": 1}
 assert dict(make_mesh(None, batch_size=6).shape)["data"] == 3
+assert dict(make_mesh(None, batch_size=8, parts=4).shape)["data"] == 2
+assert dict(make_mesh({"slice": 2}).shape)["data"] == 2
 assert dict(make_mesh(None, batch_size=1).shape)["data"] == 1
-assert dict(make_mesh({"data": 1, "tensor": 2}).shape) == {"data": 1, "fsdp": 1, "tensor": 2}
+assert dict(make_mesh({"data": 1, "tensor": 2}).shape) == {"slice": 1, "data": 1, "fsdp": 1, "tensor": 2}
 for sizes, kwargs in [({"data": 4}, {"batch_size": 6}), ({"data": 2}, {"devices": jax.devices()})]:
   try:
     make_mesh(sizes, **kwargs)
