@@ -243,7 +243,7 @@ def _generate(args):
 def _chat(args):
   from blip3o_jax.inference.model import load
 
-  print(load(args.model).chat(args.prompt, images=args.image))
+  print(load(args.model).chat([{"role": "user", "content": [*args.image, args.prompt]}]))
 
 
 def _reconstruct(args):

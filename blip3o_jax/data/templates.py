@@ -23,7 +23,7 @@ def message(role: str, content: str) -> str:
 
 
 def place_images(text: str, image_tokens: Sequence[int]) -> str:
-  """Every "<image>" of a human message becomes the place of a picture of so many tokens, in order.
+  """Every "<image>" of a text becomes the place of a picture of so many tokens, in order.
 
   Raises:
     UserError: the number of "<image>" is not the number of pictures.
@@ -37,18 +37,48 @@ def place_images(text: str, image_tokens: Sequence[int]) -> str:
   return first + "".join(f"<|vision_start|>{pad}<|vision_end|>{part}" for pad, part in zip(pads, rest, strict=True))
 
 
-def chat_prompt(tokenizer, turns: Sequence[tuple[str, str | None]], image_tokens: Sequence[int] = ()) -> list[int]:
-  """Tokens up to where the assistant answers the last turn, whose own answer is not used.
+def chat_prompt(
+  tokenizer, messages: Sequence[tuple[str, str]], image_tokens: Sequence[Sequence[int]] | None = None
+) -> list[int]:
+  """Tokens of a dialogue up to where the assistant answers.
 
   Args:
-    turns: (human, assistant) texts; "<image>" in the first human text is where its pictures lie.
-    image_tokens: tokens of each picture after merging.
+    messages: (role, text) each; "<image>" where a picture lies. Without a first "system" one, `SYSTEM` is said.
+    image_tokens: for every message the tokens of each of its pictures after merging; None: no pictures at all, and
+      "<image>" is a word like any other.
   """
-  tokens = tokenizer.encode(message("system", SYSTEM))
-  for i, (human, answer) in enumerate(turns):
-    tokens += tokenizer.encode(message("user", place_images(human, image_tokens if i == 0 else ())))
-    tokens += tokenizer.encode("<|im_start|>assistant\n" if i == len(turns) - 1 else message("assistant", answer))
-  return tokens
+  tokens = [] if messages and messages[0][0] == "system" else tokenizer.encode(message("system", SYSTEM))
+  for (role, text), counts in zip(messages, image_tokens or [None] * len(messages), strict=True):
+    tokens += tokenizer.encode(message(role, text if counts is None else place_images(text, counts)))
+  return tokens + tokenizer.encode("<|im_start|>assistant\n")
+
+
+def drawing_prompt(
+  tokenizer,
+  messages: Sequence[tuple[str, str]],
+  image_tokens: Sequence[Sequence[int]] | None = None,
+  *,
+  form: str = "inference",
+) -> list[int]:
+  """Tokens of a dialogue after which a picture is drawn, ending with the image-start token; the model appends its
+  queries.
+
+  Args:
+    messages, image_tokens: see chat_prompt.
+    form: "inference" stops after the assistant's header. "training" is what the release trains on: two more tokens
+      close an empty answer before the image-start token (spec 4.3).
+  """
+  if form not in FORMS:
+    raise UserError(f"form {form!r} is unknown; choose from {FORMS}")
+  tail = tokenizer.encode("<|im_end|>\n") if form == "training" else []
+  return [*chat_prompt(tokenizer, messages, image_tokens), *tail, tokenizer.image_start]
+
+
+def worded(caption: str, wording: str = "release") -> str:
+  """The request to draw a caption. Raises UserError for an unknown wording."""
+  if wording not in WORDINGS:
+    raise UserError(f"wording {wording!r} is unknown; choose from {tuple(WORDINGS)}")
+  return WORDINGS[wording].format(caption=caption)
 
 
 def generation_prompt(
@@ -56,28 +86,22 @@ def generation_prompt(
   caption: str,
   *,
   form: str = "inference",
-  wording: str = "release",
+  wording: str | None = "release",
   image_tokens: Sequence[int] = (),
   max_length: int | None = None,
 ) -> list[int]:
-  """Tokens of a request for a picture, ending with the image-start token; the model appends its queries.
+  """`drawing_prompt` of one caption.
 
   Args:
     caption: what to draw; with `wording=None` the whole human message (reconstruction and editing: "<image>\\n...").
-    form: "inference" stops after the assistant's header. "training" is what the release trains on: two more tokens
-      close an empty answer before the image-start token (spec 4.3).
     max_length: limit including the image-start token; the tail is cut, as the release does (448 there, spec 4.2).
 
   Raises:
     UserError: unknown form or wording.
   """
-  if form not in FORMS or wording not in (*WORDINGS, None):
-    raise UserError(f"form {form!r}, wording {wording!r}: choose from {FORMS} and {tuple(WORDINGS)}")
-  human = WORDINGS[wording].format(caption=caption) if wording else caption
-  human = place_images(human, image_tokens) if image_tokens else human
-  tokens = tokenizer.encode(message("system", SYSTEM)) + tokenizer.encode(message("user", human))
-  tokens += tokenizer.encode("<|im_start|>assistant\n" if form == "inference" else message("assistant", ""))
-  return tokens[: max_length - 1 if max_length else None] + [tokenizer.image_start]
+  human = worded(caption, wording) if wording else caption
+  tokens = drawing_prompt(tokenizer, [("user", human)], [image_tokens] if image_tokens else None, form=form)
+  return tokens[: max_length - 1 if max_length else -1] + [tokenizer.image_start]
 
 
 def conversation(
@@ -85,7 +109,9 @@ def conversation(
 ) -> tuple[list[int], list[int]]:
   """Tokens and labels of a whole conversation; labels are the tokens of the answers and their <|im_end|>, else -100.
 
-  Args: see chat_prompt.
+  Args:
+    turns: (human, assistant) texts; "<image>" in the first human text is where its pictures lie.
+    image_tokens: tokens of each picture after merging.
   """
   tokens = tokenizer.encode(message("system", SYSTEM))
   labels = [IGNORE] * len(tokens)

@@ -1,11 +1,12 @@
 """Pictures: decoding, the release's two ways to a square, and normalisation on the device (spec 5.4)."""
 
 import io
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from blip3o_jax.data.vision import CLIP_MEAN, CLIP_STD
 from blip3o_jax.errors import UserError
@@ -13,10 +14,48 @@ from blip3o_jax.errors import UserError
 
 def decode(content: bytes, name: str = "picture") -> Image.Image:
   """An RGB PIL image. Raises UserError naming the picture when the bytes are no image."""
+  return open_picture(io.BytesIO(content), name)
+
+
+def open_picture(picture: Image.Image | np.ndarray | str | os.PathLike | io.IOBase, name: str = "") -> Image.Image:
+  """An RGB image of an image, of an array uint8 [H, W, 3], of a path, or of an open file; of an animation the first.
+
+  Raises:
+    UserError: naming the picture, if it cannot be read.
+  """
+  if isinstance(picture, np.ndarray):
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+      raise UserError(f"a picture is {picture.dtype} {list(picture.shape)}; give uint8 [height, width, 3]")
+    return Image.fromarray(picture)
+  if isinstance(picture, Image.Image):
+    return _rgb(picture)
+  if not isinstance(picture, str | os.PathLike | io.IOBase):
+    raise UserError(f"a picture is a {type(picture).__name__}; give an image, an array or a path")
+  name = name or str(picture)
   try:
-    return Image.open(io.BytesIO(content)).convert("RGB")
-  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-    raise UserError(f"{name} cannot be decoded: {error}") from None
+    with Image.open(picture) as file:
+      return _rgb(file)
+  except FileNotFoundError:
+    raise UserError(f"{name}: no such image") from None
+  except Image.DecompressionBombError:
+    most = 2 * Image.MAX_IMAGE_PIXELS
+    raise UserError(f"{name}: more than {most // 10**6} million pixels; shrink it first") from None
+  except (OSError, SyntaxError, ValueError) as error:
+    raise UserError(f"{name}: not a readable image ({error})") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+  """Upright; 16 bits are scaled, not clipped as Pillow does; what is transparent shows white, as Qwen's tools do."""
+  image = ImageOps.exif_transpose(image)
+  if image.mode[0] in "IF":
+    levels = np.asarray(image)
+    if levels.dtype.kind == "f" or levels.min() < 0 or levels.max() > 65535:
+      raise ValueError(f"its levels, of mode {image.mode}, are neither 8 nor 16 bits")
+    image = Image.fromarray(np.round(levels / 257).astype(np.uint8))
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+  return image.convert("RGB")
 
 
 def square(image: Image.Image, size: int, mode: str = "crop") -> np.ndarray:

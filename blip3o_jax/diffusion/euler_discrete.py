@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax.diffusion.guidance import guide
+from blip3o_jax.diffusion.guidance import guided_call, guided_steps
+from blip3o_jax.diffusion.solvers import multistep_weights
 from blip3o_jax.errors import UserError
 
 
@@ -141,6 +142,8 @@ def sample_euler_discrete(
   *,
   steps: int = 50,
   guidance: float = 3.0,
+  solver: str = "euler",
+  interval: tuple[float, float] = (0.0, 1.0),
   trajectory: bool = False,
 ) -> EulerSample:
   """Noise to latents by Euler steps under classifier-free guidance, one `lax.scan`.
@@ -151,26 +154,36 @@ def sample_euler_discrete(
       batch is [B, ...], conditioned only.
     noise: unit normal [B, ...].
     guidance: a Python number, since it decides the shape of the batch.
+    solver: "euler", or "dpm++", of second order for as many evaluations (`solvers.multistep_weights`).
+    interval: the times, as shares of train_steps, at which there is guidance; at others the batch is [B, ...].
     trajectory: also return every step.
 
   Returns:
     EulerSample; the state is float32 throughout, whatever the network computes in.
   """
   tables = euler_tables(cfg, steps)
-  guided = guidance > 1
+  sigmas = tables.sigmas
+  rows = {"sigma": sigmas[:-1], "next": sigmas[1:], "t": tables.timesteps}
+  if solver != "euler":
+    rows["weight"] = multistep_weights(sigmas, np.ones_like(sigmas), solver)
+  if (guided := guided_steps(tables.timesteps / cfg.train_steps, interval)) is not None:
+    rows["guided"] = guided
 
-  def step(x, now):
-    sigma, next_sigma, t = now
+  predict = guided_call(model_fn, guidance if guidance > 1 else None, null=1)
+
+  def step(carry, now):
+    x, before = carry
+    sigma = now["sigma"]
     a = jax.lax.rsqrt(sigma**2 + 1.0)  # sqrt(alpha_bar): the state is x0 + sigma noise, the network wants unit variance
     scaled = x * a
-    out = model_fn(jnp.concatenate([scaled, scaled]) if guided else scaled, t).astype(jnp.float32)
-    if guided:
-      cond, null = jnp.split(out, 2)
-      out = guide(null, cond, guidance)
+    out = predict(scaled, now["t"], now.get("guided", True))
     noise_now = out if cfg.prediction == "epsilon" else a * out + sigma * a * scaled
-    x = x + noise_now * (next_sigma - sigma)
-    return x, (x, out) if trajectory else None
+    data = x - sigma * noise_now
+    x = x + noise_now * (now["next"] - sigma)
+    if "weight" in now:
+      x = x + now["weight"] * (data - before)
+    return (x, data), (x, out) if trajectory else None
 
   start = noise.astype(jnp.float32) * tables.init_noise_sigma
-  x, seen = jax.lax.scan(step, start, (tables.sigmas[:-1], tables.sigmas[1:], tables.timesteps))
+  (x, _), seen = jax.lax.scan(step, (start, jnp.zeros_like(start)), rows)
   return EulerSample(x, *(seen or (None, None)))

@@ -6,6 +6,8 @@ same in any batch. Order of the draws as in the release (spec 6.5): DiT noise, D
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,12 @@ import numpy as np
 
 from blip3o_jax.diffusion.euler_discrete import sample_euler_discrete
 from blip3o_jax.diffusion.guidance import null_first
-from blip3o_jax.diffusion.solvers import sample_flow
+from blip3o_jax.diffusion.solvers import SOLVERS, sample_flow
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.blip3o import Blip3o
 
 DECODER_NULLS = ("generated", "image", "zeros")
+_MOST_STEPS, _MOST_GUIDANCE = 1000, 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,11 @@ class Sampling:
 
   steps, guidance, shift: of the DiT; shift > 1 takes more steps at high noise (flow_matching.shift_sigma).
   exact_times: give the DiT 1000 sigma itself, not its integer part.
-  decoder_steps, decoder_guidance: of the UNet; guidance <= 1 leaves the null condition out.
+  solver: of the DiT: "euler", or "dpm++" of second order for as many evaluations; goes well with exact_times.
+  guidance_interval: noise levels, 1 the purest, at which the DiT is guided; elsewhere the null is left out, which saves
+  its half of the work.
+  decoder_steps, decoder_guidance, decoder_solver, decoder_interval: the same of the UNet; guidance <= 1 leaves the null
+  condition out.
   decoder_null: what the UNet's null condition is: "generated" (a picture drawn for " "), "image" (the features of an
   all-zero normalised image, as in the release's image mode) or "zeros".
   form, wording: of the prompt (data.templates).
@@ -36,22 +43,65 @@ class Sampling:
   guidance: float = 3.0
   shift: float = 1.0
   exact_times: bool = False
+  solver: str = "euler"
+  guidance_interval: tuple[float, float] = (0.0, 1.0)
   decoder_steps: int = 50
   decoder_guidance: float = 3.0
+  decoder_solver: str = "euler"
+  decoder_interval: tuple[float, float] = (0.0, 1.0)
   decoder_null: str = "generated"
   form: str = "inference"
   wording: str = "release"
 
   def __post_init__(self):
-    if self.steps < 1 or self.decoder_steps < 1:
-      raise UserError(f"steps are {self.steps} and {self.decoder_steps}; take at least one of each")
-    if self.decoder_null not in DECODER_NULLS:
-      raise UserError(f"decoder_null {self.decoder_null!r} is unknown; choose one of {', '.join(DECODER_NULLS)}")
+    if not (1 <= self.steps <= _MOST_STEPS and 1 <= self.decoder_steps <= _MOST_STEPS):
+      raise UserError(f"steps are {self.steps} and {self.decoder_steps}; take 1 to {_MOST_STEPS} of each")
+    for name in ("guidance", "decoder_guidance"):
+      if not 0 <= getattr(self, name) <= _MOST_GUIDANCE:  # not a number is not in there either
+        raise UserError(f"{name} is {getattr(self, name)}; take 0 to {_MOST_GUIDANCE:.0f}, 3 is usual")
+    if not 0 < self.shift <= _MOST_GUIDANCE:
+      raise UserError(f"shift is {self.shift}; take more than 0 and up to {_MOST_GUIDANCE:.0f}")
+    for name in ("guidance_interval", "decoder_interval"):
+      ends = tuple(getattr(self, name))  # JSON has lists
+      if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
+        raise UserError(f"{name} is {list(ends)}; give two noise levels, 0 <= low <= high <= 1")
+      object.__setattr__(self, name, ends)
+    for name, known in (("solver", SOLVERS), ("decoder_solver", SOLVERS), ("decoder_null", DECODER_NULLS)):
+      if getattr(self, name) not in known:
+        raise UserError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
+
+  def of_features(self) -> dict[str, Any]:
+    """The settings of `draw_features`."""
+    return {
+      "steps": self.steps,
+      "guidance": self.guidance,
+      "shift": self.shift,
+      "exact_times": self.exact_times,
+      "solver": self.solver,
+      "interval": self.guidance_interval,
+    }
+
+  def of_pixels(self) -> dict[str, Any]:
+    """The settings of `draw_pixels`."""
+    return {
+      "steps": self.decoder_steps,
+      "guidance": self.decoder_guidance,
+      "solver": self.decoder_solver,
+      "interval": self.decoder_interval,
+    }
 
 
-def picture_keys(seed: int, pictures: np.ndarray) -> jax.Array:
-  """Random keys [B] of picture numbers int [B] of one seed."""
-  return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(pictures, jnp.uint32))
+def picture_keys(seed: int | Sequence[int], pictures: Sequence[int]) -> jax.Array:
+  """Random keys [B] of picture numbers int [B] of one seed, or of one seed each.
+
+  Raises:
+    UserError: a seed that is no whole number of 32 bits.
+  """
+  seeds, pictures = np.broadcast_arrays(np.asarray(seed), np.asarray(pictures))
+  if seeds.dtype.kind not in "iu" or seeds.size and not 0 <= seeds.min() <= seeds.max() < 2**32:
+    raise UserError(f"seed {seed} is no whole number from 0 to 2^32 - 1")
+  fold = lambda s, picture: jax.random.fold_in(jax.random.key(s), picture)
+  return jax.vmap(fold)(jnp.asarray(seeds, jnp.uint32), jnp.asarray(pictures, jnp.uint32))
 
 
 def _noise(keys: jax.Array, draw: int, shape: tuple[int, ...]) -> jax.Array:
@@ -59,7 +109,9 @@ def _noise(keys: jax.Array, draw: int, shape: tuple[int, ...]) -> jax.Array:
   return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, draw), shape))(keys)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "steps", "guidance", "shift", "exact_times", "draw"))
+@functools.partial(
+  jax.jit, static_argnames=("model", "steps", "guidance", "shift", "exact_times", "solver", "interval")
+)
 def draw_features(
   model: Blip3o,
   params,
@@ -67,39 +119,56 @@ def draw_features(
   mask,
   positions,
   keys,
+  draw=0,
   *,
+  vision=None,
   steps: int,
   guidance: float,
   shift: float = 1.0,
   exact_times: bool = False,
-  draw: int = 0,
+  solver: str = "euler",
+  interval: tuple[float, float] = (0.0, 1.0),
 ) -> jax.Array:
   """Prompts -> CLIP features, float32 [B, N, C], row-major (spec 3.3).
 
   Args:
     tokens, mask [B, L], positions [B, 3, L]: prompts that end with the image-start token.
     keys: [B], one a picture. draw: 0 for the picture, 1 for the null prompt of the decoder.
+    vision: the prompts' pictures under the backbone's `image_keys`; nothing: text alone.
     guidance: v = v_null + guidance (v_cond - v_null), null = zeros, first in the batch; at exactly 1 it is left out.
+    solver, interval: see solvers.sample_flow.
   """
   call = lambda *args, method: model.apply({"params": params}, *args, method=method)
   cfg = model.cfg.dit
-  condition = call(tokens, mask, positions, method="query_states")
+  condition = call(tokens, mask, positions, vision, method="query_states")
   noise = _noise(keys, draw, (*cfg.grid, cfg.in_channels))
-  if guidance != 1:
-    condition = null_first(condition)
-  projected = call(condition, method="project_condition")
-  velocity = lambda x, t: call(x.astype(model.dtype), t, condition, projected, method="velocity")
+  # By size of the batch: one branch, or both. What is not used is not computed.
+  conditions = {len(c): c for c in (condition, null_first(condition))}
+  projected = {size: call(c, method="project_condition") for size, c in conditions.items()}
+  velocity = lambda x, t: call(x.astype(model.dtype), t, conditions[len(x)], projected[len(x)], method="velocity")
   settings = {"steps": steps, "guidance": guidance, "shift": shift, "truncate_times": not exact_times}
-  x = sample_flow(velocity, noise, **settings).latents
+  x = sample_flow(velocity, noise, **settings, solver=solver, interval=interval).latents
   return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-@functools.partial(jax.jit, static_argnames=("model", "steps", "guidance"))
-def draw_pixels(model: Blip3o, params, features, null, keys, *, steps: int, guidance: float) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("model", "steps", "guidance", "solver", "interval"))
+def draw_pixels(
+  model: Blip3o,
+  params,
+  features,
+  null,
+  keys,
+  *,
+  steps: int,
+  guidance: float,
+  solver: str = "euler",
+  interval: tuple[float, float] = (0.0, 1.0),
+) -> jax.Array:
   """CLIP features -> pictures, uint8 [B, H, W, 3] (spec 6.3, 6.4).
 
   Args:
     features: [B, N, C]; null: [B, N, C], used if guidance > 1; keys: [B].
+    solver, interval: see euler_discrete.sample_euler_discrete.
   """
   if jax.default_backend() == "cpu":  # see nn.linear.Conv: in a rolled loop a product is far faster there
     cfg = model.cfg
@@ -107,13 +176,16 @@ def draw_pixels(model: Blip3o, params, features, null, keys, *, steps: int, guid
   call = lambda *args, method: model.apply({"params": params}, *args, method=method)
   cfg = model.cfg
   side = cfg.image_size // cfg.vae.downsampling
-  context = jnp.concatenate([features, null]) if guidance > 1 else features
-  context = context.astype(model.dtype)
-  projected = call(context, method="project_context")
+  contexts = {len(c): c.astype(model.dtype) for c in (features, jnp.concatenate([features, null]))}
+  projected = {size: call(c, method="project_context") for size, c in contexts.items()}
 
-  predict = lambda latents, t: call(latents.astype(model.dtype), t, context, projected, method="unet_predict")
+  def predict(latents, t):
+    size = len(latents)
+    return call(latents.astype(model.dtype), t, contexts[size], projected[size], method="unet_predict")
+
   noise = _noise(keys, 2, (side, side, cfg.unet.in_channels))
-  sample = sample_euler_discrete(predict, noise, cfg.decoder_process, steps=steps, guidance=guidance)
+  settings = {"steps": steps, "guidance": guidance, "solver": solver, "interval": interval}
+  sample = sample_euler_discrete(predict, noise, cfg.decoder_process, **settings)
   images = call(sample.latents / cfg.vae.scaling_factor + cfg.vae.shift, method="vae_decode").astype(jnp.float32)
   return jnp.round(jnp.clip(images / 2 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 

@@ -1,40 +1,52 @@
 """The public class: a model directory in, pictures and answers out."""
 
+import contextlib
 import dataclasses
 import functools
+import math
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-from blip3o_jax.data import templates, transforms, vision
+from blip3o_jax.data import transforms, vision
+from blip3o_jax.data.templates import RECONSTRUCT
 from blip3o_jax.data.tokenizer import load_tokenizer
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference import image as drawing
 from blip3o_jax.inference import text as talking
+from blip3o_jax.inference.prompts import Dialogue, Picture, Prompts, Row
 from blip3o_jax.models.blip3o import BACKBONES, Blip3o
-from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig
 from blip3o_jax.porting.locate import open_model
 from blip3o_jax.porting.source import abstract_params
-
-Picture = Image.Image | np.ndarray | str | os.PathLike
-_BUCKET = 16  # prompts are padded to a multiple of this, so that few programs serve all lengths
+from blip3o_jax.sharding import rules
 
 
-def load(name_or_path: str | os.PathLike, *, mesh: jax.sharding.Mesh | None = None, dtype: str = "bfloat16") -> "Model":
+def load(
+  name_or_path: str | os.PathLike,
+  *,
+  mesh: jax.sharding.Mesh | None = None,
+  dtype: str = "bfloat16",
+  compile_cache: str | os.PathLike | None = None,
+) -> "Model":
   """Open a model directory, the release's layout, a hub id, or a bundled model by its name ("micro").
 
   Args:
-    mesh: spread the weights over its devices by sharding.rules, each leaf as it is read. None: the default device.
+    mesh: spread the weights over its devices by sharding.rules, each leaf as it is read, and every batch over its rows;
+      devices of this process. None: the default device.
     dtype: of weights and computation. On a CPU float32 is used in its place, which is faster there and exact.
+    compile_cache: a folder that keeps compiled programs for the next start (JAX_COMPILATION_CACHE_DIR does the same).
 
   Raises:
     UserError: it is no model directory, or a part is missing or damaged.
   """
+  if compile_cache is not None:
+    jax.config.update("jax_compilation_cache_dir", os.fspath(compile_cache))
   if jax.default_backend() == "cpu":
     dtype = "float32"
   source = open_model(name_or_path)
@@ -44,8 +56,9 @@ def load(name_or_path: str | os.PathLike, *, mesh: jax.sharding.Mesh | None = No
     source.read(names, abstract_params(source.config(), names, mesh=mesh), dtype=jnp.dtype(dtype)),
     load_tokenizer(source.tokenizer_dir()),
     vision.ImageProcessor.from_reference(source.image_preprocessor()),
-    _replaced(drawing.Sampling(), source.sampling),
+    replaced(drawing.Sampling(), source.sampling),
     name=source.name,
+    mesh=mesh,
   )
 
 
@@ -54,54 +67,85 @@ class Model:
 
   Attributes:
     model: the Flax module; params: {component: tree}; sampling: defaults for drawing; batch_size: pictures at once.
+    prompts: makes rows of requests.
   """
 
-  def __init__(self, model: Blip3o, params: Any, tokenizer, processor, sampling: drawing.Sampling, *, name: str = ""):
+  def __init__(
+    self,
+    model: Blip3o,
+    params: Any,
+    tokenizer,
+    processor,
+    sampling: drawing.Sampling,
+    *,
+    name: str = "",
+    mesh: jax.sharding.Mesh | None = None,
+  ):
     self.model, self.params, self.tokenizer, self.processor = model, params, tokenizer, processor
-    self.sampling, self.name = sampling, name
+    self.sampling, self.name, self.mesh = sampling, name, mesh
     self.batch_size = 32
+    self.prompts = Prompts(model.cfg, tokenizer, processor, name)
 
   # ---- pictures
 
   def generate(
     self,
-    prompts: str | Sequence[str],
+    prompts: str | Dialogue | Sequence[str | Dialogue],
     *,
     num: int = 1,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     guidance: float | None = None,
     steps: int | None = None,
     **settings,
   ) -> list[list[np.ndarray]]:
     """Draw `num` pictures for each prompt: for every prompt a list of uint8 [H, W, 3].
 
-    Picture i depends on (prompt, seed, i) and the settings alone, not on what is drawn beside it.
+    Picture i depends on (prompt, seed, i) and the settings alone, not on what is drawn beside it: its noise to the bit,
+    the rest to the rounding of another batch. The same call gives the same bytes.
 
     Args:
+      prompts: captions, or dialogues (inference.prompts) after which a picture is drawn; one of them, or a list.
+      seed: of all prompts, or one for each.
       guidance, steps: of the DiT; None: the model's own defaults. `settings`: other fields of image.Sampling.
 
     Raises:
       UserError: an empty prompt, an unknown setting, a part that this model directory lacks.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    requests, _ = _listed_requests(prompts)
+    sampling = self.sampling_with(guidance=guidance, steps=steps, **settings)
     if num < 1:
       raise UserError(f"num is {num}; ask for at least one picture")
-    for i, prompt in enumerate(prompts):
-      if not prompt.strip():
-        raise UserError(f"prompt {i} is empty; say what to draw")
-    sampling = self._sampling(guidance=guidance, steps=steps, **settings)
-    self._need("backbone", "queries", "dit", "unet", "vae")
-    rows = [
-      templates.generation_prompt(self.tokenizer, p, form=sampling.form, wording=sampling.wording) for p in prompts
-    ]
-    work = [(p, i) for p in range(len(prompts)) for i in range(num)]
-    pictures: list[list[np.ndarray]] = [[] for _ in prompts]
-    for part, real in _batches(work, self.batch_size):
-      keys = drawing.picture_keys(seed, np.asarray([i for _, i in part]))
-      pixels = self._draw([rows[p] for p, _ in part], keys, sampling)
-      for (p, _), picture in list(zip(part, pixels, strict=True))[:real]:
+    seeds = [seed] * len(requests) if np.ndim(seed) == 0 else list(seed)
+    if len(seeds) != len(requests):
+      raise UserError(f"{len(seeds)} seeds for {len(requests)} prompts; give one, or one for each")
+    rows = [_told(i, self.row_to_draw, request, sampling) for i, request in enumerate(requests)]
+    work = [(p, i) for p in range(len(rows)) for i in range(num)]
+    pictures: list[list[np.ndarray]] = [[] for _ in rows]
+    for part, real in self.batches(work, self.batch_size):
+      pixels = self.draw([rows[p] for p, _ in part], [seeds[p] for p, _ in part], [i for _, i in part], sampling)
+      for (p, _), picture in list(zip(part, np.asarray(pixels), strict=True))[:real]:
         pictures[p].append(picture)
     return pictures
+
+  def edit(
+    self, images: Picture | Sequence[Picture], instructions: str | Sequence[str] = "", **settings
+  ) -> list[np.ndarray]:
+    """Draw pictures anew by instructions: uint8 [H, W, 3] each; without an instruction, reconstruct them.
+
+    The way of the release (spec 4.4): the understanding tower reads the picture, and the instruction stands where the
+    release says "Please reconstruct the given image." That sentence is all that the release knows of: no editing data
+    or weights exist for BLIP3-o, so an instruction is followed as far as the model at hand has learned it.
+
+    Args:
+      images, instructions: one of each, or lists of the same length. settings: as of `generate`, `seed` among them.
+    """
+    images = _listed(images)
+    instructions = [instructions] * len(images) if isinstance(instructions, str) else list(instructions)
+    if len(images) != len(instructions):
+      raise UserError(f"{len(images)} pictures for {len(instructions)} instructions; give one for each")
+    pairs = zip(images, instructions, strict=True)
+    requests = [edit_request(picture, instruction) for picture, instruction in pairs]
+    return [row[0] for row in self.generate(requests, **settings)]
 
   def reconstruct(self, images: Picture | Sequence[Picture], *, seed: int = 0, **settings) -> list[np.ndarray]:
     """Encode pictures to CLIP features and draw them from these: uint8 [H, W, 3] each (spec 4.4, 6.5 image path).
@@ -109,41 +153,131 @@ class Model:
     Pictures are squashed to the encoder's square, as the release does; crop them first to keep the proportions. Each
     result depends on (picture, seed) and the settings alone.
     """
-    sampling = self._sampling(**settings)
+    sampling = self.sampling_with(**settings)
     self._need("clip", "unet", "vae")
     pixels = [self._clip_pixels(x) for x in _listed(images)]
     out = []
-    for part, real in _batches(pixels, self.batch_size):
-      features = drawing.encode_features(self.model, self.params, np.stack(part))
-      null = jnp.broadcast_to(drawing.null_image_features(self.model, self.params), features.shape)
-      keys = drawing.picture_keys(seed, np.zeros(len(part)))  # picture 0 of each, whatever lies beside it
-      out += list(self._decode(features, null, keys, sampling))[:real]
+    for part, real in self.batches(pixels, self.batch_size):
+      features = self._run(drawing.encode_features, np.stack(part))
+      keys = drawing.picture_keys(seed, np.zeros(len(part), int))  # picture 0 of each, whatever lies beside it
+      out += list(np.asarray(self._decode(features, self._blank_features(features), keys, sampling)))[:real]
     return out
 
   def features(self, images: Picture | Sequence[Picture]) -> np.ndarray:
     """Pooled CLIP features of pictures, float32 [B, N, C], row-major."""
     self._need("clip")
-    pixels = np.stack([self._clip_pixels(x) for x in _listed(images)])
-    return np.asarray(drawing.encode_features(self.model, self.params, pixels))
+    pixels, out = [self._clip_pixels(x) for x in _listed(images)], []
+    for part, real in self.batches(pixels, self.batch_size):
+      out.append(np.asarray(self._run(drawing.encode_features, np.stack(part)))[:real])
+    return np.concatenate(out) if out else np.zeros((0, math.prod(self.model.cfg.dit.grid), self.model.cfg.clip.width))
+
+  def warm_up(self, *, num: int = 1, prompt: str = "a picture", **settings) -> float:
+    """Compile what `generate(prompt, num=num, **settings)` and prompts of like length need; returns the seconds."""
+    start = time.perf_counter()
+    self.generate(prompt, num=num, **settings)
+    return time.perf_counter() - start
 
   # ---- words
 
-  def chat(self, prompt: str, *, images: Picture | Sequence[Picture] = (), max_new_tokens: int = 128) -> str:
-    """Answer one message about any number of pictures (greedy)."""
-    if not prompt.strip():
-      raise UserError("the prompt is empty; ask something")
-    return self._answer([_listed(images)], [prompt], max_new_tokens)[0]
+  def chat(
+    self,
+    messages: str | Dialogue | Sequence[str | Dialogue],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stream: bool = False,
+  ) -> str | list[str] | Iterator[str] | Iterator[list[str]]:
+    """Answer a text or a dialogue of any number of turns and pictures, or a list of them as a batch.
+
+      model.chat([{"role": "user", "content": [picture, "What is this?"]}])
+
+    Args:
+      messages: see inference.prompts. Pictures may lie in any message: one that the model drew in the assistant's.
+      temperature, top_k, top_p: 0 is greedy; see text.Sampling. seed: of the sampling; row i draws from (seed, i).
+      stream: an iterator of pieces of the answer (of lists of pieces, for a batch), which joined are the answer.
+
+    Raises:
+      UserError: an empty message, a dialogue that ends with the assistant, a picture that cannot be read.
+    """
+    requests, single = _listed_requests(messages)
+    self._need("backbone")
+    sampling = talking.Sampling(
+      max_new_tokens=max_new_tokens,
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
+      stop_tokens=(self.tokenizer.end, self.tokenizer.end_of_text),
+      pad_token=self.tokenizer.pad,
+    )
+    if single:
+      rows = [self.prompts.to_answer(requests[0])]
+    else:
+      rows = [_told(i, self.prompts.to_answer, request) for i, request in enumerate(requests)]
+    if stream:
+      pieces = self._stream(rows, seed, sampling)
+      return (row[0] for row in pieces) if single else pieces
+    said = []
+    for part, real in self.batches(list(enumerate(rows)), 4 * self.batch_size):
+      keys = drawing.picture_keys(seed, [i for i, _ in part])
+      *_, answer = self._answers([row for _, row in part], keys, sampling, every=None)
+      said += [text.rstrip() for text in self._texts(answer)][:real]
+    return said[0] if single else said
 
   def answer(
     self, images: Sequence[Picture | None], questions: Sequence[str], *, max_new_tokens: int = 16
   ) -> list[str]:
-    """Answer a batch of questions, each about one picture or none (greedy)."""
+    """Answer a batch of questions, each about one picture or none (greedy), laid out as in the training data: the
+    picture on a line of its own."""
     if len(images) != len(questions):
       raise UserError(f"{len(images)} pictures for {len(questions)} questions; give one (or None) for each")
-    out = []
-    for part, real in _batches(list(zip(images, questions, strict=True)), 4 * self.batch_size):
-      out += self._answer([[] if x is None else [x] for x, _ in part], [q for _, q in part], max_new_tokens)[:real]
-    return out
+    contents = [q if x is None else [x, f"\n{q}"] for x, q in zip(images, questions, strict=True)]
+    return self.chat([[{"role": "user", "content": c}] for c in contents], max_new_tokens=max_new_tokens)
+
+  # ---- for jobs: one batch at a time
+
+  def sampling_with(self, **changes) -> drawing.Sampling:
+    """The model's own settings with some changed; None changes nothing. Raises UserError for an unknown one."""
+    return replaced(self.sampling, {k: v for k, v in changes.items() if v is not None})
+
+  def row_to_draw(self, request: str | Dialogue, sampling: drawing.Sampling) -> Row:
+    """A request as `draw` takes it. Raises UserError for what cannot be drawn."""
+    return self.prompts.to_draw(request, form=sampling.form, wording=sampling.wording)
+
+  def batches(self, items: list, size: int) -> Iterator[tuple[list, int]]:
+    """Parts of equal size (one program), the last filled up with its first item; also how many of a part are real.
+
+    Fewer items than `size` make one part, rounded up to a power of two. A part divides over the mesh.
+    """
+    places = 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in ("data", "fsdp"))
+    if items and len(items) < size:
+      size = min(size, 1 << (len(items) - 1).bit_length())
+    size = -(-size // places) * places
+    for start in range(0, len(items), size):
+      part = items[start : start + size]
+      yield part + part[:1] * (size - len(part)), len(part)
+
+  def draw(
+    self, rows: Sequence[Row], seeds: Sequence[int], numbers: Sequence[int], sampling: drawing.Sampling
+  ) -> jax.Array:
+    """Picture numbers[b] of seeds[b] for rows[b]: uint8 [B, H, W, 3], not waited for. B divides over the mesh."""
+    self._need("backbone", "queries", "dit", "unet", "vae")
+    keys = drawing.picture_keys(seeds, numbers)
+    batch = self.prompts.batch(rows, draw=True)
+    run = functools.partial(self._run, drawing.draw_features, **sampling.of_features())
+    features = run(batch.tokens, batch.mask, batch.positions, keys, vision=batch.vision)
+    if sampling.decoder_guidance <= 1 or sampling.decoder_null == "zeros":
+      null = jnp.zeros_like(features)
+    elif sampling.decoder_null == "image":
+      self._need("clip")
+      null = self._blank_features(features)
+    else:  # the release: a picture drawn for one space, without any template (spec 6.5)
+      blank = Row.text([*self.tokenizer.encode(" "), self.tokenizer.image_start])
+      batch = self.prompts.batch([blank] * len(rows), draw=True, length=batch.tokens.shape[1])
+      null = run(batch.tokens, batch.mask, batch.positions, keys, 1, vision=batch.vision)
+    return self._decode(features, null, keys, sampling)
 
   def content_hash(self, component: str) -> str:
     """The content hash of a component, as its model directory states it."""
@@ -151,136 +285,109 @@ class Model:
 
   # ---- inside
 
-  def _sampling(self, **changes) -> drawing.Sampling:
-    return _replaced(self.sampling, {k: v for k, v in changes.items() if v is not None})
+  def _run(self, program, *arrays, **settings) -> Any:
+    """A compiled program on the model: the rows of every array go over the mesh; numbers and settings as they are."""
+    place = lambda x: x
+    if self.mesh is not None:
+      sharding = rules.batch_sharding(self.mesh)
+      place = lambda x: jax.device_put(x, sharding) if np.ndim(x) else x
+    arrays = jax.tree.map(place, arrays)
+    if "vision" in settings:
+      settings["vision"] = jax.tree.map(place, settings["vision"])
+    with self._on_mesh():
+      return program(self.model, self.params, *arrays, **settings)
+
+  def _on_mesh(self) -> contextlib.AbstractContextManager:
+    if self.mesh is None:
+      return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.set_mesh(self.mesh))
+    stack.enter_context(nn.logical_axis_rules(rules.RULES))
+    return stack
 
   def _need(self, *names: str) -> None:
     if missing := [name for name in names if name not in self.params]:
       raise UserError(f"{self.name} holds no {', '.join(missing)}; train or convert these parts first")
 
-  def _draw(self, rows: list[list[int]], keys: jax.Array, sampling: drawing.Sampling) -> np.ndarray:
-    draw = functools.partial(
-      drawing.draw_features,
-      self.model,
-      self.params,
-      steps=sampling.steps,
-      guidance=sampling.guidance,
-      shift=sampling.shift,
-      exact_times=sampling.exact_times,
-    )
-    features = draw(*self._prompt_arrays(rows), keys)
-    if sampling.decoder_guidance <= 1 or sampling.decoder_null == "zeros":
-      null = jnp.zeros_like(features)
-    elif sampling.decoder_null == "image":
-      self._need("clip")
-      null = jnp.broadcast_to(drawing.null_image_features(self.model, self.params), features.shape)
-    else:  # the release: a picture drawn for one space, without any template (spec 6.5)
-      blank = [*self.tokenizer.encode(" "), self.tokenizer.image_start]
-      null = draw(*self._prompt_arrays([blank] * len(rows)), keys, draw=1)
-    return self._decode(features, null, keys, sampling)
+  def _blank_features(self, like: jax.Array) -> jax.Array:
+    with self._on_mesh():
+      return jnp.broadcast_to(drawing.null_image_features(self.model, self.params), like.shape)
 
-  def _decode(self, features, null, keys, sampling: drawing.Sampling) -> np.ndarray:
-    return np.asarray(
-      drawing.draw_pixels(
-        self.model,
-        self.params,
-        features,
-        null,
-        keys,
-        steps=sampling.decoder_steps,
-        guidance=sampling.decoder_guidance,
-      )
-    )
+  def _decode(self, features, null, keys, sampling: drawing.Sampling) -> jax.Array:
+    return self._run(drawing.draw_pixels, features, null, keys, **sampling.of_pixels())
 
-  def _prompt_arrays(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """tokens, mask [B, L] padded on the right, plain positions [B, 3, L]."""
-    length = -(-max(map(len, rows)) // _BUCKET) * _BUCKET
-    mask = np.arange(length) < np.asarray([len(row) for row in rows])[:, None]
-    tokens = np.asarray([row + [self.tokenizer.pad] * (length - len(row)) for row in rows], np.int32)
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (len(rows), 3, length))
-    return tokens, mask, positions
-
-  def _answer(self, images: list[list[Picture]], questions: list[str], max_new_tokens: int) -> list[str]:
-    self._need("backbone")
-    cfg, merge = self.model.cfg.backbone, self.processor.merge_size
-    if any(images) and not isinstance(cfg, Qwen25VLConfig):
-      raise UserError(f"{self.name} answers without pictures only: they are prepared for Qwen2.5-VL's tower alone")
-    pictures = [[self.processor(_open(x)) for x in row] for row in images]
-    rows = []
-    for question, row in zip(questions, pictures, strict=True):
-      counts = [int(np.prod(grid)) // merge**2 for _, grid in row]
-      missing = len(row) - question.count("<image>")
-      rows.append(templates.chat_prompt(self.tokenizer, [("<image>\n" * missing + question, None)], counts))
-    tokens, mask, positions = self._prompt_arrays(rows)
-    patches = {}
-    if any(pictures):
-      longest = max(sum(len(p) for p, _ in row) for row in pictures)
-      blank = (np.zeros((0, cfg.vision.patch_dim), np.float32), np.zeros((0, 3), np.int32))
-      joined = [
-        (np.concatenate([p for p, _ in row]), np.stack([g for _, g in row])) if row else blank for row in pictures
-      ]
-      patches = vision.pad_rows(
-        joined,
-        length=longest,
-        merge_size=merge,
-        window_size=cfg.vision.window_size,
-        patch_size=cfg.vision.patch_size,
-      )
-      positions, _ = vision.rope_index(tokens, mask, patches["grid_thw"], image_token=cfg.image_token, merge_size=merge)
-    answer = talking.generate_text(
-      BACKBONES[type(cfg)](cfg, dtype=self.model.dtype),
-      self.params["backbone"],
-      tokens,
-      mask,
-      positions=positions,
-      vision=patches,
-      sampling=talking.Sampling(
-        max_new_tokens=max_new_tokens,
-        stop_tokens=(self.tokenizer.end, self.tokenizer.end_of_text),
-        pad_token=self.tokenizer.pad,
-      ),
+  def _answers(self, rows, keys, sampling: talking.Sampling, *, every: int | None) -> Iterator[talking.Answer]:
+    batch = self.prompts.batch(rows, draw=False)
+    cfg = self.model.cfg.backbone
+    backbone = BACKBONES[type(cfg)](cfg, dtype=self.model.dtype)
+    stream = lambda _, params, *arrays, vision: talking.stream_text(
+      backbone,
+      params["backbone"],
+      *arrays[:2],
+      positions=arrays[2],
+      vision=vision,
+      keys=arrays[3],
+      sampling=sampling,
+      every=every,
     )
-    return [self.tokenizer.decode(row).strip() for row in answer.rows()]
+    answers = self._run(stream, batch.tokens, batch.mask, batch.positions, keys, vision=batch.vision)
+    while True:
+      with self._on_mesh():
+        if (answer := next(answers, None)) is None:
+          return
+      yield answer
+
+  def _texts(self, answer: talking.Answer) -> list[str]:
+    return [self.tokenizer.decode(row).lstrip() for row in answer.rows()]
+
+  def _stream(self, rows, seed: int, sampling: talking.Sampling) -> Iterator[list[str]]:
+    """Pieces of every answer. What may still change waits: half a character, and blanks that may be the last."""
+    part, real = next(self.batches(list(enumerate(rows)), max(len(rows), 4 * self.batch_size)))
+    keys = drawing.picture_keys(seed, [i for i, _ in part])
+    told = [""] * real
+
+    def piece(whole):
+      new = [text[len(before) :] for text, before in zip(whole, told, strict=True)]
+      told[:] = whole
+      return new
+
+    for answer in self._answers([row for _, row in part], keys, sampling, every=4):
+      texts = self._texts(answer)[:real]
+      yield piece([text.rstrip("\ufffd").rstrip() for text in texts])
+    yield piece([text.rstrip() for text in texts])
 
   def _clip_pixels(self, picture: Picture) -> np.ndarray:
-    return transforms.square(_open(picture), self.model.cfg.clip.image_size, "squash")
+    return transforms.square(transforms.open_picture(picture), self.model.cfg.clip.image_size, "squash")
 
 
-def _replaced(sampling: drawing.Sampling, changes: Mapping[str, Any]) -> drawing.Sampling:
+def edit_request(picture: Picture, instruction: str = "") -> Dialogue:
+  """The message of an edit; without an instruction, of a reconstruction (spec 4.4)."""
+  words = f"\n{instruction}" if instruction.strip() else RECONSTRUCT.removeprefix("<image>")
+  return [{"role": "user", "content": [picture, words]}]
+
+
+def replaced(sampling: drawing.Sampling, changes: Mapping[str, Any]) -> drawing.Sampling:
+  """`sampling` with some fields changed. Raises UserError for an unknown one, or a value that cannot be."""
   fields = [f.name for f in dataclasses.fields(drawing.Sampling)]
   if unknown := sorted(set(changes) - set(fields)):
     raise UserError(f"sampling setting {unknown[0]!r} is unknown; there are {', '.join(fields)}")
   return dataclasses.replace(sampling, **changes)
 
 
-def _open(picture: Picture) -> Image.Image:
-  """An RGB image of a path, an array uint8 [H, W, 3] or an image. Raises UserError if it cannot be read."""
-  if isinstance(picture, Image.Image):
-    return picture.convert("RGB")
-  if isinstance(picture, np.ndarray):
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
-      raise UserError(f"a picture is {picture.dtype} {list(picture.shape)}; give uint8 [height, width, 3]")
-    return Image.fromarray(picture)
+def _told(number: int, make, *args) -> Any:
+  """`make(*args)`; its errors say which prompt they mean."""
   try:
-    with Image.open(picture) as file:
-      return file.convert("RGB")
-  except FileNotFoundError:
-    raise UserError(f"{picture}: no such image") from None
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-    raise UserError(f"{picture}: not a readable image ({error})") from None
+    return make(*args)
+  except UserError as error:
+    raise UserError(f"prompt {number}: {error}") from None
 
 
-def _listed(images: Picture | Sequence[Picture]) -> Sequence[Picture]:
+def _listed(images: Picture | Sequence[Picture]) -> list[Picture]:
   return list(images) if isinstance(images, list | tuple) else [images]
 
 
-def _batches(items: list, size: int) -> Iterator[tuple[list, int]]:
-  """Parts of equal size (one program): the last is filled up with its first item; also how many of a part are real.
-
-  Fewer items than `size` make one part, rounded up to a power of two.
-  """
-  if items and len(items) < size:
-    size = min(size, 1 << (len(items) - 1).bit_length())
-  for start in range(0, len(items), size):
-    part = items[start : start + size]
-    yield part + part[:1] * (size - len(part)), len(part)
+def _listed_requests(requests) -> tuple[list, bool]:
+  """A list of requests, and whether it was but one: a text, or a dialogue (a list of messages)."""
+  if isinstance(requests, str) or (requests and isinstance(requests[0], Mapping)):
+    return [requests], True
+  return list(requests), False

@@ -1,8 +1,8 @@
-"""Answers from a language model: prompt in one pass, then token by token over a key-value cache, in one program."""
+"""Answers from a language model: the prompt in one pass, then token by token over a key-value cache: two programs."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -80,9 +80,9 @@ def _choose(logits, keys, step, temperature, top_k, top_p):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "new", "keep_logits"))
-def _answer(model, params, tokens, mask, positions, vision, keys, settings, *, new, keep_logits):
+def _begin(model, params, tokens, mask, positions, vision, keys, settings, *, new, keep_logits):
+  """The prompt pass and the first token: (tokens so far, position of the next, cache, state)."""
   call = lambda *args, method, **kwargs: model.apply({"params": params}, *args, **kwargs, method=method)
-  stop, pad, *choice = settings
   b, length = tokens.shape
 
   # The prompt sees a cache of its own length; the free slots are added afterwards, so that it does not pay for them.
@@ -91,37 +91,50 @@ def _answer(model, params, tokens, mask, positions, vision, keys, settings, *, n
   last = length - 1 - jnp.argmax(mask[:, ::-1], axis=-1)
   logits = call(jnp.take_along_axis(output.hidden, last[:, None, None], axis=1)[:, 0], method="logits")
   start = jnp.max(jnp.where(mask[:, None], positions, -1), axis=(1, 2)) + 1
-
-  def record(state, i, logits):
-    token = jnp.where(state["done"], pad, _choose(logits, keys, i, *choice))
-    state["tokens"] = state["tokens"].at[:, i].set(token)
-    if keep_logits:
-      state["logits"] = state["logits"].at[:, i].set(logits)
-    state["lengths"] += ~(state["done"] | jnp.isin(token, stop))
-    state["done"] |= jnp.isin(token, stop)
-    return state
-
   state = {
-    "tokens": jnp.full((b, new), pad, jnp.int32),
+    "tokens": jnp.full((b, new), settings[1], jnp.int32),
     "lengths": jnp.zeros(b, jnp.int32),
     "done": jnp.zeros(b, bool),
   }
   if keep_logits:
     state["logits"] = jnp.zeros((b, new, logits.shape[-1]), jnp.float32)
+  return jnp.int32(1), start, output.cache.grow(new - 1), _record(state, 0, logits, keys, settings)
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("carry",))
+def _advance(model, params, carry, keys, settings, limit):
+  """Token by token until there are `limit`, or all rows have ended."""
+  call = lambda *args, method: model.apply({"params": params}, *args, method=method)
 
   def body(carry):
-    i, cache, state = carry
+    i, start, cache, state = carry
     token = jax.lax.dynamic_slice_in_dim(state["tokens"], i - 1, 1, 1)
-    position = jnp.broadcast_to((start + i - 1)[:, None, None], (b, 3, 1))
-    output = call(call(token, method="embed"), position, jnp.ones((b, 1), bool), cache, method="decode")
-    return i + 1, output.cache, record(dict(state), i, call(output.hidden[:, 0], method="logits"))
+    position = jnp.broadcast_to((start + i - 1)[:, None, None], (len(start), 3, 1))
+    output = call(call(token, method="embed"), position, jnp.ones((len(start), 1), bool), cache, method="decode")
+    logits = call(output.hidden[:, 0], method="logits")
+    return i + 1, start, output.cache, _record(dict(state), i, logits, keys, settings)
 
-  carry = (jnp.int32(1), output.cache.grow(new - 1), record(state, 0, logits))
-  _, _, state = jax.lax.while_loop(lambda c: (c[0] < new) & ~jnp.all(c[2]["done"]), body, carry)
+  return jax.lax.while_loop(lambda c: (c[0] < limit) & ~jnp.all(c[3]["done"]), body, carry)
+
+
+def _record(state, i, logits, keys, settings):
+  stop, pad, *choice = settings
+  token = jnp.where(state["done"], pad, _choose(logits, keys, i, *choice))
+  state["tokens"] = state["tokens"].at[:, i].set(token)
+  if "logits" in state:
+    state["logits"] = state["logits"].at[:, i].set(logits)
+  state["lengths"] += ~(state["done"] | jnp.isin(token, stop))
+  state["done"] |= jnp.isin(token, stop)
   return state
 
 
-def generate_text(
+def generate_text(*args, **kwargs) -> Answer:
+  """The whole answer: the last item of `stream_text`, which says what goes in."""
+  *_, answer = stream_text(*args, every=None, **kwargs)
+  return answer
+
+
+def stream_text(
   model: Any,
   params: Mapping[str, Any],
   tokens: np.ndarray,
@@ -132,8 +145,10 @@ def generate_text(
   sampling: Sampling | None = None,
   keys: jax.Array | None = None,
   keep_logits: bool = False,
-) -> Answer:
-  """Answer a batch of prompts. Each row is answered as if it were alone, wherever its padding lies.
+  every: int | None = 4,
+) -> Iterator[Answer]:
+  """Answer a batch of prompts, telling how far it is. Each row is answered as if it were alone, wherever its padding
+  lies.
 
   Args:
     model: one of models.blip3o.BACKBONES.
@@ -142,19 +157,20 @@ def generate_text(
     positions: int [B, 3, L]; plain counting if None. Prompts with images take data.vision.rope_index.
     vision: the prompts' images under the model's `image_keys`, perhaps among other keys; nothing: text alone.
     keys: [B] random keys, one a row; needed for temperature > 0. Step i of a row draws from fold_in(key, i).
+    every: yield the answer so far after so many more tokens; None: only at the end. The programs are the same.
 
   Raises:
     UserError: an empty prompt, or no keys to sample with.
   """
   sampling = sampling or Sampling()
-  tokens, mask = jnp.asarray(tokens, jnp.int32), np.asarray(mask, bool)
-  if not mask.any(axis=-1).all():
-    raise UserError(f"prompt {int(np.argmin(mask.any(axis=-1)))} is empty: give it at least one token")
+  tokens, said = jnp.asarray(tokens, jnp.int32), np.asarray(mask, bool).any(axis=-1)
+  if not said.all():
+    raise UserError(f"prompt {int(np.argmin(said))} is empty: give it at least one token")
   if keys is None:
     if sampling.temperature > 0:
       raise UserError("sampling with a temperature needs `keys`, one random key a row")
     keys = jax.random.split(jax.random.key(0), tokens.shape[0])
-  mask = jnp.asarray(mask)
+  mask = jnp.asarray(mask, bool)
   positions = text_positions(mask) if positions is None else jnp.asarray(positions, jnp.int32)
   if positions.ndim == 2:
     positions = jnp.broadcast_to(positions[:, None], (tokens.shape[0], 3, tokens.shape[1]))
@@ -166,17 +182,12 @@ def generate_text(
     jnp.float32(sampling.top_p),
   )
   vision = {key: vision[key] for key in model.image_keys} if vision else {}
-  state = _answer(
-    model,
-    params,
-    tokens,
-    mask,
-    positions,
-    vision,
-    keys,
-    settings,
-    new=sampling.max_new_tokens,
-    keep_logits=keep_logits,
-  )
-  state = jax.device_get(state)
-  return Answer(state["tokens"], state["lengths"], state.get("logits"))
+  new = sampling.max_new_tokens
+  prompt = (tokens, mask, positions, vision, keys, settings)
+  carry = _begin(model, params, *prompt, new=new, keep_logits=keep_logits)
+  for limit in [*range(1, new, every), new] if every else [new]:
+    carry = _advance(model, params, carry, keys, settings, jnp.int32(limit))
+    state = jax.device_get(carry[3])
+    yield Answer(state["tokens"], state["lengths"], state.get("logits"))
+    if state["done"].all():
+      return

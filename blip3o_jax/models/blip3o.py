@@ -7,7 +7,7 @@ the others may be missing from the tree. Call it as
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -119,7 +119,13 @@ class Blip3o(nn.Module):
     return self.backbone.logits(output.hidden)
 
   def query_states(
-    self, tokens: jax.Array, mask: jax.Array, positions: jax.Array, *, prefix_pass: bool = True
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    positions: jax.Array,
+    images: Mapping[str, jax.Array] | None = None,
+    *,
+    prefix_pass: bool = True,
   ) -> jax.Array:
     """Hidden states of the learnable queries after a prompt: the condition of the DiT.
 
@@ -131,6 +137,7 @@ class Blip3o(nn.Module):
       tokens: [B, L] int32 ending with the image-start token, padded on either side.
       mask: [B, L] bool, True on real tokens.
       positions: [B, 3, L] int32; each row counts its own tokens (spec 4.2: plain one-dimensional positions).
+      images: pictures of the prompts under the backbone's `image_keys` (reconstruction, editing; spec 4.4).
 
     Returns:
       [B, Q, D] after the final norm.
@@ -139,7 +146,7 @@ class Blip3o(nn.Module):
     q = self.cfg.queries
     start = jnp.max(jnp.where(mask[:, None], positions, -1), axis=-1, keepdims=True) + 1  # [B, 3, 1]
     query_positions, query_mask = start + jnp.arange(q), jnp.ones((b, q), bool)
-    prompt, queries = self.backbone.embed(tokens), self.latents(b)
+    prompt, queries = self.backbone.embed(tokens, **(images or {})), self.latents(b)
     if prefix_pass:
       cache = self.backbone.empty_cache(b, length + q)
       cache = jax.lax.stop_gradient(self.backbone.decode(prompt, positions, mask, cache).cache)

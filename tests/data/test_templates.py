@@ -69,9 +69,9 @@ def test_conversation_labels_are_the_answers_and_their_ends(tokenizer):
     HEAD + "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>\nwhat is it?<|im_end|>\n<|im_start|>assistant\n"
   )
   assert text_of(tokenizer, tokens).startswith(want + "a red fox<|im_end|>\n<|im_start|>user\nis it old?")
-  assert tokens[: len(tokenizer.encode(want))] == templates.chat_prompt(tokenizer, turns[:1], [2])
+  assert tokens[: len(tokenizer.encode(want))] == templates.chat_prompt(tokenizer, [("user", turns[0][0])], [[2]])
 
 
 def test_pictures_must_have_places(tokenizer):
   with pytest.raises(UserError, match="1 pictures but 0 <image>"):
-    templates.chat_prompt(tokenizer, [("what is it?", None)], [4])
+    templates.chat_prompt(tokenizer, [("user", "what is it?")], [[4]])

@@ -193,7 +193,7 @@ def test_encoded_features_are_those_of_the_model():
 
 def test_settings_that_cannot_be():
   for changes, words in [
-    ({"steps": 0}, "steps are 0 and 50"),
+    ({"steps": 0}, "steps are 0 and 50; take 1 to 1000"),
     ({"decoder_steps": -1}, "steps are 30 and -1"),
     ({"decoder_null": "black"}, "decoder_null 'black' is unknown"),
   ]:

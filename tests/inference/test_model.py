@@ -13,7 +13,8 @@ from blip3o_jax.data.tokenizer import train_tokenizer
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference import image as drawing
 from blip3o_jax.inference import text as talking
-from blip3o_jax.inference.model import Model, _batches
+from blip3o_jax.inference.model import Model
+from blip3o_jax.inference.prompts import Row
 from blip3o_jax.models.blip3o import BACKBONES
 from blip3o_jax.porting import model_dir
 from blip3o_jax.porting.locate import open_model
@@ -54,6 +55,15 @@ def near(a, b):
   return np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
 
 
+def arrays(model, rows):
+  batch = model.prompts.batch([Row.text(row) for row in rows], draw=True)
+  return batch.tokens, batch.mask, batch.positions
+
+
+def ask(*content):
+  return [{"role": "user", "content": list(content)}]
+
+
 def with_params(model, *names):
   part = {name: model.params[name] for name in names}
   return Model(model.model, part, model.tokenizer, model.processor, model.sampling, name="part")
@@ -84,12 +94,12 @@ def test_generate(model):
   assert model.generate([]) == []
 
 
-def test_batches():
+def test_batches(model):
   """Equal sizes, filled up with the first item, so that one program serves; powers of two below the full size."""
-  assert list(_batches([1, 2, 3, 4, 5], 2)) == [([1, 2], 2), ([3, 4], 2), ([5, 5], 1)]
-  assert list(_batches([1, 2, 3, 4, 5], 32)) == [([1, 2, 3, 4, 5, 1, 1, 1], 5)]
-  assert list(_batches([1, 2, 3], 3)) == [([1, 2, 3], 3)]
-  assert list(_batches([1], 32)) == [([1], 1)] and list(_batches([], 32)) == []
+  assert list(model.batches([1, 2, 3, 4, 5], 2)) == [([1, 2], 2), ([3, 4], 2), ([5, 5], 1)]
+  assert list(model.batches([1, 2, 3, 4, 5], 32)) == [([1, 2, 3, 4, 5, 1, 1, 1], 5)]
+  assert list(model.batches([1, 2, 3], 3)) == [([1, 2, 3], 3)]
+  assert list(model.batches([1], 32)) == [([1], 1)] and list(model.batches([], 32)) == []
 
 
 def test_the_null_of_the_decoder(model, monkeypatch):
@@ -104,9 +114,10 @@ def test_the_null_of_the_decoder(model, monkeypatch):
   draw = lambda tokens, number: drawing.draw_features(
     model.model,
     model.params,
-    *model._prompt_arrays([tokens] * 2),
+    *arrays(model, [tokens] * 2),
     drawing.picture_keys(3, np.arange(2)),
-    **{"steps": 2, "guidance": 3.0, "exact_times": False, "draw": number},
+    number,
+    **{"steps": 2, "guidance": 3.0, "exact_times": False},
   )
   assert relative_error(features, draw(templates.generation_prompt(model.tokenizer, PROMPTS[0]), 0)) < 1e-5
   assert relative_error(generated, draw(blanks, 1)) < 1e-5
@@ -116,7 +127,7 @@ def test_the_null_of_the_decoder(model, monkeypatch):
 
 
 def test_prompts_are_padded_on_the_right_with_plain_positions(model):
-  tokens, mask, positions = model._prompt_arrays([[5] * 20, [7, 8, 9]])
+  tokens, mask, positions = arrays(model, [[5] * 20, [7, 8, 9]])
   assert tokens.shape == mask.shape == (2, 32) and positions.shape == (2, 3, 32)
   assert mask.sum(axis=-1).tolist() == [20, 3] and tokens[1, :4].tolist() == [7, 8, 9, model.tokenizer.pad]
   assert (positions == np.arange(32)).all()
@@ -134,7 +145,7 @@ def test_reconstruct_and_features(model, picture, tmp_path):
   gray = Image.new("RGB", (8, 8), (90, 90, 90))
   first, second = model.reconstruct([picture, gray], seed=2), model.reconstruct([gray, tmp_path / "a.png"], seed=2)
   null = np.broadcast_to(drawing.null_image_features(model.model, model.params), want.shape)
-  keys = drawing.picture_keys(2, np.zeros(2))
+  keys = drawing.picture_keys(2, np.zeros(2, int))
   direct = drawing.draw_pixels(model.model, model.params, want, null, keys, steps=2, guidance=3.0)
   assert len(first) == len(second) == 2 and near(first[0], direct[0])
   assert near(first[0], second[1]) and near(first[1], second[0]) and not near(first[0], first[1])
@@ -146,9 +157,9 @@ def test_answers(model, picture):
   red, question = Image.new("RGB", picture.size, (200, 30, 20)), "what colour is the circle?"
   words = model.answer([picture, None, red], [question, "is red a colour?", question], max_new_tokens=4)
   assert len(words) == 3 and all(isinstance(w, str) for w in words)
-  assert words[0] == model.chat(question, images=picture, max_new_tokens=4)
+  assert words[0] == model.chat(ask(picture, f"\n{question}"), max_new_tokens=4)
   assert words[1] == model.chat("is red a colour?", max_new_tokens=4)
-  assert words[2] == model.chat(f"<image>\n{question}", images=[red], max_new_tokens=4)
+  assert words[2] == model.chat(ask(red, "\n", question), max_new_tokens=4)
   assert words[0] != words[2]
   assert model.answer([], []) == []
 
@@ -157,21 +168,21 @@ def test_bad_input_is_told_in_one_line(model, picture, directory, tmp_path):
   (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
   clip_only = with_params(model, "clip")
   cases = [
-    (lambda: model.generate(" "), "prompt 0 is empty"),
-    (lambda: model.generate(["a circle", ""]), "prompt 1 is empty"),
+    (lambda: model.generate(" "), "prompt 0: the prompt is empty"),
+    (lambda: model.generate(["a circle", ""]), "prompt 1: the prompt is empty"),
     (lambda: model.generate("a circle", num=0), "num is 0"),
     (lambda: model.generate("a circle", brightness=2), "setting 'brightness' is unknown; there are steps"),
     (lambda: model.generate("a circle", steps=0), "steps are 0"),
-    (lambda: model.generate("a circle", decoder_steps=2000), "2000 steps do not fit"),
+    (lambda: model.generate("a circle", decoder_steps=2000), "steps are 2 and 2000; take 1 to 1000"),
     (lambda: model.generate("a circle", wording="poem"), "'poem'"),
     (lambda: model.reconstruct(picture, brightness=2), "setting 'brightness' is unknown"),
     (lambda: model.reconstruct(tmp_path / "none.png"), "none.png: no such image"),
     (lambda: model.features(tmp_path / "broken.png"), "broken.png: not a readable image"),
     (lambda: model.features(tmp_path), "not a readable image"),
     (lambda: model.features(np.zeros((4, 4, 3))), r"a picture is float64 \[4, 4, 3\]; give uint8"),
-    (lambda: model.chat("  "), "the prompt is empty"),
-    (lambda: model.chat("what is this?", images=[tmp_path / "none.png"]), "none.png: no such image"),
-    (lambda: model.chat("what is <image>?"), "0 pictures but 1 <image>"),
+    (lambda: model.chat("  "), "message 0 is empty"),
+    (lambda: model.chat(ask("what is this?", tmp_path / "none.png")), "none.png: no such image"),
+    (lambda: model.chat(ask("what is <image>?", picture)), "1 pictures but 2 <image>"),
     (lambda: model.chat("what?", max_new_tokens=0), "max_new_tokens is 0"),
     (lambda: model.answer([None], ["a?", "b?"]), "1 pictures for 2 questions"),
     (lambda: clip_only.generate("a circle"), "part holds no backbone, queries, dit, unet, vae"),
@@ -200,7 +211,7 @@ def test_other_backbones_answer_without_pictures(model, picture, backbone):
     model.sampling,
     name=backbone,
   )
-  prompt = templates.chat_prompt(model.tokenizer, [("what is red?", None)])
+  prompt = templates.chat_prompt(model.tokenizer, [("user", "what is red?")])
   greedy = talking.generate_text(
     BACKBONES[type(other.model.cfg.backbone)](other.model.cfg.backbone),
     other.params["backbone"],
@@ -211,8 +222,8 @@ def test_other_backbones_answer_without_pictures(model, picture, backbone):
     ),
   )
   assert other.chat("what is red?", max_new_tokens=4) == model.tokenizer.decode(greedy.rows()[0]).strip()
-  with pytest.raises(UserError, match=f"{backbone} answers without pictures only"):
-    other.chat("what is this?", images=picture)
+  with pytest.raises(UserError, match=f"{backbone} takes requests without pictures only"):
+    other.chat(ask("what is this?", picture))
 
 
 def test_a_directory_without_a_part_serves_the_others(model, directory, picture, tmp_path):

@@ -116,12 +116,12 @@ def test_top_k_of_one_is_greedy_and_settings_share_a_program():
   model, params, io = load("llama_rope_scaled")
   prompt = io["left:input_ids"], io["left:attention_mask"]
   greedy = generate_text(model, params, *prompt, sampling=Sampling(max_new_tokens=6))
-  before = text._answer._cache_size()
+  before = text._advance._cache_size()
   keys = jax.random.split(jax.random.key(0), 3)
   sampling = Sampling(max_new_tokens=6, temperature=0.7, top_k=1)
   drawn = generate_text(model, params, *prompt, sampling=sampling, keys=keys)
   np.testing.assert_array_equal(drawn.tokens, greedy.tokens)
-  assert text._answer._cache_size() == before
+  assert text._advance._cache_size() == before
 
 
 def reference_filter(logits, top_k, top_p):

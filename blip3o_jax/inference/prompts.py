@@ -1,0 +1,146 @@
+"""What a user asks, made ready on the host: messages and pictures in, padded arrays out.
+
+A request is a text or a dialogue: a list of messages {"role": "user", "content": ...}, as most chat libraries write
+them. Content is a text, or a list of texts and pictures in their order; {"type": "text", "text": ...} and
+{"type": "image", "image": ...} are understood too. Roles are "user", "assistant" and, for the first message, "system".
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from blip3o_jax.data import templates, transforms, vision
+from blip3o_jax.data.tokenizer import Tokenizer
+from blip3o_jax.errors import UserError
+from blip3o_jax.models.blip3o import BACKBONES, Blip3oConfig
+from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig
+
+Picture = Image.Image | np.ndarray | str | os.PathLike
+Message = Mapping[str, Any]
+Dialogue = Sequence[Message]
+ROLES = ("system", "user", "assistant")
+LONGEST = 32768  # tokens of a dialogue: the context that Qwen2.5-VL was trained with
+LONGEST_TO_DRAW = 4096  # of a request for a picture; the release trained with at most 448 (spec 4.2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One request: its tokens, the patches [P, patch_dim] of its pictures, their grids [I, 3]."""
+
+  tokens: list[int]
+  patches: np.ndarray
+  grids: np.ndarray
+
+  @classmethod
+  def text(cls, tokens: list[int]) -> "Row":
+    """Tokens without pictures."""
+    return cls(tokens, np.zeros((0, 1), np.float32), np.zeros((0, 3), np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """tokens int32, mask bool [B, L], padded on the right; positions int32 [B, 3, L]; vision: the backbone's
+  `image_keys`, nothing where no row has a picture."""
+
+  tokens: np.ndarray
+  mask: np.ndarray
+  positions: np.ndarray
+  vision: Mapping[str, np.ndarray]
+
+
+def bucket(length: int) -> int:
+  """What `length` is padded to, so that few programs serve all: steps of 16, above 128 of an eighth to a quarter."""
+  step = max(16, 1 << (length - 1).bit_length() >> 3)
+  return -(-length // step) * step
+
+
+class Prompts:
+  """Makes rows for one model, and batches of rows."""
+
+  def __init__(self, cfg: Blip3oConfig, tokenizer: Tokenizer, processor: Any, name: str):
+    self.cfg, self.tokenizer, self.processor, self.name = cfg, tokenizer, processor, name
+
+  def to_draw(self, request: str | Dialogue, *, form: str = "inference", wording: str = "release") -> Row:
+    """A request for a picture: a caption, which is put in words, or a dialogue, taken as it is.
+
+    Its pictures are squashed to the square of the CLIP encoder, as in the release (spec 4.4).
+    """
+    if isinstance(request, str):
+      if not request.strip():
+        raise UserError("the prompt is empty; say what to draw")
+      request = [{"role": "user", "content": templates.worded(request, wording)}]
+    return self._row(request, lambda *said: templates.drawing_prompt(*said, form=form), LONGEST_TO_DRAW, squash=True)
+
+  def to_answer(self, request: str | Dialogue) -> Row:
+    """A text or a dialogue that ends with the user; pictures keep their proportions."""
+    if isinstance(request, str):
+      request = [{"role": "user", "content": request}]
+    return self._row(request, templates.chat_prompt, LONGEST, squash=False)
+
+  def batch(self, rows: Sequence[Row], *, draw: bool, length: int = 0) -> Batch:
+    """Rows side by side, padded to a bucket of at least `length` tokens.
+
+    draw: positions count on through pictures, as in the release's drawing; else they have rows and columns (M-RoPE).
+    """
+    length = bucket(max(length, *(len(row.tokens) for row in rows)))
+    mask = np.arange(length) < np.asarray([len(row.tokens) for row in rows])[:, None]
+    tokens = [row.tokens + [self.tokenizer.pad] * (length - len(row.tokens)) for row in rows]
+    tokens = np.asarray(tokens, np.int32)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (len(rows), 3, length))
+    if not any(len(row.grids) for row in rows):
+      return Batch(tokens, mask, positions, {})
+    cfg, merge = self.cfg.backbone, self.processor.merge_size
+    arrays = vision.pad_rows(
+      [(row.patches, row.grids) for row in rows],
+      length=bucket(max(len(row.patches) for row in rows) // merge**2) * merge**2,
+      merge_size=merge,
+      window_size=cfg.vision.window_size,
+      patch_size=cfg.vision.patch_size,
+    )
+    if not draw:
+      positions, _ = vision.rope_index(tokens, mask, arrays["grid_thw"], image_token=cfg.image_token, merge_size=merge)
+    return Batch(tokens, mask, positions, {key: arrays[key] for key in BACKBONES[type(cfg)].image_keys})
+
+  def _row(self, request: Dialogue, template, longest: int, *, squash: bool) -> Row:
+    messages, pictures = _read(request)
+    if any(pictures) and not isinstance(self.cfg.backbone, Qwen25VLConfig):
+      raise UserError(f"{self.name} takes requests without pictures only: they are prepared for Qwen2.5-VL alone")
+    if squash:
+      side = self.cfg.clip.image_size
+      pictures = [[transforms.square(p, side, "squash") for p in row] for row in pictures]
+    read = [[self.processor(picture) for picture in row] for row in pictures]
+    counts = [[int(np.prod(grid)) // self.processor.merge_size**2 for _, grid in row] for row in read]
+    said = template(self.tokenizer, messages, counts if any(pictures) else None)
+    if len(said) > longest:
+      raise UserError(f"the prompt has {len(said)} tokens, {longest} are the most; shorten it")
+    flat = [one for row in read for one in row]
+    if not flat:
+      return Row.text(said)
+    return Row(said, np.concatenate([patches for patches, _ in flat]), np.stack([grid for _, grid in flat]))
+
+
+def _read(request: Dialogue) -> tuple[list[tuple[str, str]], list[list[Image.Image]]]:
+  """(role, text with "<image>") of every message, and the pictures of every message."""
+  if not isinstance(request, Sequence) or not request or not all(isinstance(one, Mapping) for one in request):
+    raise UserError('a dialogue is a list of messages {"role": "user", "content": TEXT or [TEXT, PICTURE, ...]}')
+  messages, pictures = [], []
+  for i, one in enumerate(request):
+    if one.get("role") not in ROLES or "content" not in one:
+      raise UserError(f"message {i} needs a role of {', '.join(ROLES)} and a content; it has {dict(one)!r:.80}")
+    content = [one["content"]] if isinstance(one["content"], str | Mapping) else one["content"]
+    parts = [part.get(part.get("type")) if isinstance(part, Mapping) else part for part in content]
+    # A path is a Path, or marked as an image: a bare string is a text.
+    marked = [isinstance(part, Mapping) and part.get("type") == "image" for part in content]
+    is_text = [isinstance(part, str) and not image for part, image in zip(parts, marked, strict=True)]
+    text = "".join(part if told else "<image>" for part, told in zip(parts, is_text, strict=True))
+    if not text.strip():
+      raise UserError(f"message {i} is empty; say something")
+    messages.append((one["role"], text))
+    pictures.append([transforms.open_picture(p) for p, told in zip(parts, is_text, strict=True) if not told])
+  if messages[-1][0] != "user":
+    raise UserError(f"the last message is the {messages[-1][0]}'s; a dialogue is answered where the user spoke last")
+  return messages, pictures
