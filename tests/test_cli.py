@@ -114,8 +114,10 @@ class FakeModel:
     self.asked.append((prompts, settings))
     return [[np.full((4, 5, 3), 10 * i + n, np.uint8) for n in range(settings["num"])] for i in range(len(prompts))]
 
-  def chat(self, prompt, *, images=()):
-    return f"{prompt} of {len(images)}"
+  def chat(self, messages):
+    (message,) = messages
+    *images, prompt = message["content"]
+    return f"{prompt} of {len(images)} for the {message['role']}"
 
   def reconstruct(self, image):
     return [np.full((4, 4, 3), 7, np.uint8)]
@@ -152,7 +154,7 @@ def test_generate_reads_prompts_from_a_file(model, tmp_path, capsys):
 def test_chat_and_reconstruct(model, tmp_path, capsys):
   Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg")
   assert run("chat", "--model", "m", "--image", "a", "b", "--prompt", "what?") == 0
-  assert capsys.readouterr().out == "what? of 2\n"
+  assert capsys.readouterr().out == "what? of 2 for the user\n"
   assert run("reconstruct", "--model", "m", "--image", tmp_path / "x.jpg", "--out", tmp_path / "o") == 0
   assert (tmp_path / "o" / "x.png").is_file()
 

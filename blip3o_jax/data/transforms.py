@@ -6,7 +6,7 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from blip3o_jax.data.vision import CLIP_MEAN, CLIP_STD
 from blip3o_jax.errors import UserError
@@ -40,6 +40,8 @@ def open_picture(picture: Image.Image | np.ndarray | str | os.PathLike | io.IOBa
   except Image.DecompressionBombError:
     most = 2 * Image.MAX_IMAGE_PIXELS
     raise UserError(f"{name}: more than {most // 10**6} million pixels; shrink it first") from None
+  except UnidentifiedImageError:
+    raise UserError(f"{name}: not an image that Pillow knows") from None
   except (OSError, SyntaxError, ValueError) as error:
     raise UserError(f"{name}: not a readable image ({error})") from None
 

@@ -177,7 +177,7 @@ def test_bad_input_is_told_in_one_line(model, picture, directory, tmp_path):
     (lambda: model.generate("a circle", wording="poem"), "'poem'"),
     (lambda: model.reconstruct(picture, brightness=2), "setting 'brightness' is unknown"),
     (lambda: model.reconstruct(tmp_path / "none.png"), "none.png: no such image"),
-    (lambda: model.features(tmp_path / "broken.png"), "broken.png: not a readable image"),
+    (lambda: model.features(tmp_path / "broken.png"), "broken.png: not an image"),
     (lambda: model.features(tmp_path), "not a readable image"),
     (lambda: model.features(np.zeros((4, 4, 3))), r"a picture is float64 \[4, 4, 3\]; give uint8"),
     (lambda: model.chat("  "), "message 0 is empty"),
