@@ -148,11 +148,12 @@ def _on_mesh(kernel, q, k, v, segments: Segments | None) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return kernel(q, k, v, segments)
-  ways = lambda axes: math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
-  rows, heads = nn.logical_to_mesh_axes(("batch", "act_heads"))
+  ways = lambda axes: math.prod(mesh.shape[a] for a in axes)
+  there = lambda axes: tuple(a for a in ((axes,) if isinstance(axes, str) else axes or ()) if a in mesh.shape)
+  rows, heads = map(there, nn.logical_to_mesh_axes(("batch", "act_heads")))
   # Whole on every device where it does not divide: correct, and only for small cases (one row, an odd number of heads).
-  rows = rows if q.shape[0] % ways(rows) == 0 else None
-  heads = heads if q.shape[2] % ways(heads) == 0 == k.shape[2] % ways(heads) else None
+  rows = rows if q.shape[0] % ways(rows) == 0 else ()
+  heads = heads if q.shape[2] % ways(heads) == 0 == k.shape[2] % ways(heads) else ()
   x, number = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
   in_specs = (x, x, x, None if segments is None else (number, number))
   return jax.shard_map(kernel, in_specs=in_specs, out_specs=x, check_vma=False)(q, k, v, segments)
