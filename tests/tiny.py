@@ -110,10 +110,13 @@ def params(seed: int = 0, backbone: str = "qwen2_5_vl"):
   return jax.tree_util.tree_map_with_path(draw, source.abstract_params(config(**BACKBONES[backbone]), COMPONENTS))
 
 
+_jit = jax.jit  # a test may put the function below in its place
+
+
 def quick_jit(f, **kwargs):
   """jax.jit for what runs once: the compiler does not optimise, which is most of its time."""
   options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-  return jax.jit(f, compiler_options=options, **kwargs)
+  return _jit(f, compiler_options=options, **kwargs)
 
 
 def pixels(batch: int, seed: int = 0) -> np.ndarray:

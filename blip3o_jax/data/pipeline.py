@@ -30,6 +30,7 @@ class DataConfig:
 
   task: images | captions | generation | conversations. path: shards (TarSource) or a .jsonl (JsonlSource).
   image_size: side of `pixels`; resize: crop | squash. max_length: tokens a row. max_patches: patches a row.
+  buckets: shorter lengths to which training cuts a batch whose rows all fit (see training.feed.Buckets); () = never.
   form, wording: see templates.generation_prompt. threads, workers: readers; with workers > 0 processes do the decoding.
   cache: keep built samples in memory, for data that fits there.
   """
@@ -39,6 +40,7 @@ class DataConfig:
   image_size: int = 64
   resize: str = "crop"
   max_length: int = 64
+  buckets: tuple[int, ...] = ()
   max_patches: int = 0
   form: str = "inference"
   wording: str = "release"
@@ -46,6 +48,13 @@ class DataConfig:
   prefetch: int = 128
   workers: int = 0
   cache: bool = False
+
+  def __post_init__(self):
+    lengths = (0, *self.buckets, self.max_length)
+    if any(a >= b for a, b in zip(lengths, lengths[1:], strict=False)):
+      raise UserError(f"data.buckets {self.buckets} must rise and stay below max_length {self.max_length}")
+    if self.buckets and self.task == "images":
+      raise UserError("data.buckets cuts rows of tokens, which task images has none of; leave it out")
 
 
 def make_loader(cfg, **settings) -> Iterator[dict[str, np.ndarray]]:

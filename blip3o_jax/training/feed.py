@@ -2,12 +2,14 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from blip3o_jax.data import pipeline
@@ -105,6 +107,48 @@ class Prefetch:
       except queue.Full:
         continue
     return False
+
+
+class Buckets:
+  """Batches cut to the shortest of a few lengths that holds their longest row. Exact, for what is cut is padding.
+
+  The length must be the same on every process, as it chooses the program. So the longest row is found on the devices,
+  by a program that every process starts just before the step of the batch before, and it is read when that step has
+  been started: all agree by one integer, and nobody waits for it. The order of batches is untouched.
+  """
+
+  ROWS = ("tokens", "token_mask", "labels", "positions")  # their last axis is the length
+
+  def __init__(self, batches: Iterator[Batch], lengths: tuple[int, ...], sharding: NamedSharding):
+    replicated = NamedSharding(sharding.mesh, PartitionSpec())
+    self._longest = jax.jit(lambda mask: jnp.max(jnp.sum(mask, axis=-1)), out_shardings=replicated)
+    self._cut = jax.jit(
+      lambda rows, n: {k: x[..., :n] for k, x in rows.items()}, static_argnums=1, out_shardings=sharding
+    )
+    self._batches = batches
+    self._ahead = self._read()
+    self._lengths = (*lengths, self._ahead[0]["token_mask"].shape[-1])
+
+  def compile(self, program, say: Callable = print) -> Callable:
+    """`program.step` for every length, all of them compiled here, before the first step."""
+    steps = {}
+    for n in self._lengths:
+      start = time.monotonic()
+      steps[n] = program.step.lower(program.state, program.frozen, self._cut_to(self._ahead[0], n)).compile()
+      say(f"compiled for {n} tokens in {time.monotonic() - start:.1f} s")
+    return lambda state, frozen, batch: steps[batch["token_mask"].shape[-1]](state, frozen, batch)
+
+  def __next__(self) -> Batch:
+    (batch, longest), self._ahead = self._ahead, self._read()
+    longest = int(longest)
+    return self._cut_to(batch, min(n for n in self._lengths if n >= longest))
+
+  def _read(self) -> tuple[Batch, jax.Array]:
+    batch = next(self._batches)
+    return batch, self._longest(batch["token_mask"])
+
+  def _cut_to(self, batch: Batch, n: int) -> Batch:
+    return batch | self._cut({key: batch[key] for key in self.ROWS if key in batch}, n)
 
 
 def _is_numeric(value) -> bool:

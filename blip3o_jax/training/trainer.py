@@ -25,7 +25,7 @@ from blip3o_jax.sharding import distributed, rules
 from blip3o_jax.sharding.mesh import make_mesh
 from blip3o_jax.training import metrics, optimizers, state
 from blip3o_jax.training.defaults import claim, complete
-from blip3o_jax.training.feed import Prefetch, open_loader, tokenizer_dir
+from blip3o_jax.training.feed import Buckets, Prefetch, open_loader, tokenizer_dir
 from blip3o_jax.training.preemption import StopFlag
 from blip3o_jax.training.state import TrainState
 from blip3o_jax.training.step import make_step, streams
@@ -143,6 +143,10 @@ def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> Trai
       raise Preempted(f"stopped after step {done} of {config.steps}; saved in {workdir}, run the same command again")
 
     with Prefetch(loader, rules.batch_sharding(mesh)) as batches:
+      step = program.step
+      if buckets := tuple(config.data.get("buckets", ())):
+        batches = Buckets(batches, buckets, rules.batch_sharding(mesh))
+        step = batches.compile(program, say)
       for done in range(start + 1, config.steps + 1):
         try:
           batch = next(batches)
@@ -151,7 +155,7 @@ def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> Trai
             raise
           preempt(done - 1)
         with jax.transfer_guard("disallow" if done > start + 1 else "allow"):  # tracing may move constants
-          train_state, scalars = program.step(train_state, frozen, batch)
+          train_state, scalars = step(train_state, frozen, batch)
         log.add(done, scalars)
         if stop.requested or (jax.process_count() > 1 and store.reached_preemption(done)):
           preempt(done)

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from helpers import relative_error
@@ -56,15 +57,20 @@ def worst(ours, reference):
   return max(jax.tree.leaves(jax.tree.map(error, ours, reference)))
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("side", ["right", "left", "after a picture"])
 def test_prefix_pass_is_exact(passes, backbone, side):
   """Values, and gradients of queries and DiT, as if the prompt were differentiated too; none reaches the prompt."""
-  prompt = tiny.prompts(LENGTHS, pad_to=7, side=side)
+  tokens, mask, positions = tiny.prompts(LENGTHS, pad_to=7, side="left" if side == "left" else "right")
+  if side == "after a picture":  # time, height and width part for two tokens
+    positions = positions + np.where(np.arange(7) < 2, np.arange(3)[:, None], 2)
+  prompt = tokens, mask, positions
   (value, states), grads = passes(prompt, True)
   (value_whole, states_whole), grads_whole = passes(prompt, False)
   assert relative_error(value, value_whole) < 1e-5 and relative_error(states, states_whole) < 1e-5
   for name in ("queries", "dit"):
     assert worst(grads[name], grads_whole[name]) < 5e-5, name  # rounding: leaves a thousand times apart in size
+    error = optax.tree.norm(jax.tree.map(jnp.subtract, grads[name], grads_whole[name]))
+    assert error < 1e-5 * optax.tree.norm(grads_whole[name]), name
   decoder = (lambda g: g["backbone"]) if backbone == "llama" else (lambda g: g["backbone"]["text"])
   embedding = lambda g: np.abs(decoder(g)["embedding"]).max()
   assert embedding(grads_whole) > 0 and embedding(grads) == 0
