@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from blip3o_jax.errors import UserError
-from blip3o_jax.training.defaults import complete
+from blip3o_jax.training.defaults import OPEN, complete
 
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -21,8 +21,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ConfigDict:
   """Run `get_config()` of a config file, add the defaults, apply overrides `[--config.]a.b=value`, and lock.
 
   A value is read as the type the field already has: bool, int, float, str, tuple or list (Python syntax, or values
-  with commas between, each of the type of the first). `none` clears a field that is no string; a field that is None
-  takes any Python literal, or else the text.
+  with commas between, each of the type of the first). `none` clears a field that is no string; a field that is None, or
+  left out of an open group by the file (`model.overrides.dit.layers=2`), takes any Python literal, or else the text.
 
   Returns: a locked ConfigDict with every field of `training.defaults`.
   Raises: UserError for a missing or broken file, an unknown field (naming close ones) or a value of another type.
@@ -73,6 +73,9 @@ def _override(config: ConfigDict, name: str, text: str) -> None:
   for depth, key in enumerate([*groups, leaf]):
     if not isinstance(node, ConfigDict):
       raise UserError(f"--config.{name}: {'.'.join(groups[:depth])} is a value, it has no fields")
+    if key not in node and groups[:1] and groups[0] in OPEN:  # its reader knows what there may be
+      with node.unlocked():
+        node[key] = None if depth == len(groups) else ConfigDict()
     if key not in node:
       # By the last word alone: a field given without its group is the commonest slip.
       last = lambda path: path.rsplit(".", 1)[-1]

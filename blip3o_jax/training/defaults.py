@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from blip3o_jax.errors import UserError
 
 # Fields whose value is for their readers to check.
-_OPEN = ("model", "objective_args", "data", "sampling")
+OPEN = ("model", "objective_args", "data", "sampling")
 
 # What may differ between two runs in one working directory: it changes nothing that is computed, or, as where it is
 # computed, only the order of sums.
@@ -70,7 +70,7 @@ def complete(config: ConfigDict) -> ConfigDict:
     if key not in full:
       raise UserError(f"config.{key} is read by nothing; the fields are {', '.join(sorted(full))}")
     if isinstance(full[key], ConfigDict):
-      if unknown := sorted(set(value) - set(full[key])) if key not in _OPEN else []:
+      if unknown := sorted(set(value) - set(full[key])) if key not in OPEN else []:
         raise UserError(f"config.{key}.{unknown[0]} is read by nothing; there are {', '.join(sorted(full[key]))}")
       value = ConfigDict({**full[key], **value})
     with full.ignore_type():

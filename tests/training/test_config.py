@@ -43,6 +43,8 @@ def file(tmp_path):
     ("data.empty=7,x", "data.empty", (7, "x")),
     ("steps=none", "steps", None),
     ("--config.optimizer.learning_rate=3", "optimizer.learning_rate", 3.0),  # the file leaves it to the defaults
+    ("model.overrides.dit.layers=2", "model.overrides.dit.layers", 2),  # nobody names these but their reader
+    ("objective_args.times=continuous", "objective_args.times", "continuous"),
   ],
 )
 def test_override_takes_the_type_of_the_field(file, override, field, value):
@@ -56,7 +58,7 @@ def test_override_takes_the_type_of_the_field(file, override, field, value):
     ("--config.step=1", ["config.step", "did you mean steps"]),
     ("--config.learning_rate=1", ["did you mean optimizer.learning_rate"]),
     ("--config.optimiser.learning_rate=1", ["did you mean optimizer.learning_rate"]),
-    ("--config.data.zzzz=1", ["no such field", "cache, empty"]),
+    ("--config.mesh.datum=1", ["no such field", "did you mean mesh.data"]),
     ("--config.data=1", ["group", "cache"]),
     ("--config.steps.x=1", ["steps is a value"]),
     ("--config.steps=1.5", ["steps=1.5", "int", "10"]),
