@@ -8,12 +8,16 @@ An objective is a module with
 `loss_sum / weight` is the loss; the trainer divides once, after accumulation and sharding, so that unequal counts
 weigh right. `metrics` are sums too (divided by the same weight). `cfg` is the plain dict `config.objective_args`,
 spread over the keyword arguments of the function that does the work. An objective knows no mesh, checkpoint or file.
+
+A config names one of these, or a file of its own: `config.objective = "my_idea.py"` (notebooks/new_objective.ipynb).
 """
 
 import importlib
+import importlib.util
 import inspect
 import types
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from blip3o_jax.errors import UserError
@@ -22,10 +26,19 @@ NAMES = ("autoencoding", "contrastive", "decoding", "understanding", "generation
 
 
 def get(name: str) -> types.ModuleType:
-  """The objective module called `name`. Raises UserError for an unknown one."""
-  if name not in NAMES:
-    raise UserError(f"objective {name!r} is unknown; choose one of {', '.join(NAMES)}")
-  return importlib.import_module(f"blip3o_jax.objectives.{name}")
+  """The objective module called `name`, or in the file of that path. Raises UserError if there is none."""
+  if name in NAMES:
+    return importlib.import_module(f"blip3o_jax.objectives.{name}")
+  if not name.endswith(".py"):
+    raise UserError(f"objective {name!r} is unknown; choose one of {', '.join(NAMES)}, or name a file, my_idea.py")
+  if not Path(name).is_file():
+    raise UserError(f"objective {name!r}: no such file; give its path from where you are")
+  spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if missing := [word for word in ("COMPONENTS", "loss") if not hasattr(module, word)]:
+    raise UserError(f"objective {name!r} has no {missing[0]}; blip3o_jax/objectives/__init__.py says what one is")
+  return module
 
 
 def check(name: str, args: Mapping[str, Any], trained: Collection[str]) -> None:

@@ -27,3 +27,14 @@ def test_a_backbone_that_trains_needs_the_plain_pass():
   with pytest.raises(UserError, match="prefix_pass to False"):
     objectives.check("generation", {"drop": 0.1}, ("backbone", "dit"))
   objectives.check("generation", {"prefix_pass": False}, ("backbone", "dit"))
+
+
+def test_an_objective_of_ones_own_is_a_file(tmp_path):
+  file = tmp_path / "idea.py"
+  file.write_text("COMPONENTS = ('dit',)\n\n\ndef loss(params, batch, rng, *, model, cfg):\n  return 1.0, 2.0, {}\n")
+  assert objectives.get(str(file)).loss(None, None, None, model=None, cfg={}) == (1.0, 2.0, {})
+  file.write_text("COMPONENTS = ('dit',)\n")
+  with pytest.raises(UserError, match="idea.py' has no loss"):
+    objectives.get(str(file))
+  with pytest.raises(UserError, match="other.py': no such file"):
+    objectives.get(str(tmp_path / "other.py"))
