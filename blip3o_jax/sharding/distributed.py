@@ -15,7 +15,7 @@ def start() -> None:
   """Call before anything touches a device; a second call does nothing.
 
   Several processes: joined when JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, in a SLURM step
-  of more than one task, or on a TPU pod of more than one host.
+  of more than one task, on a TPU pod of more than one host, or where BLIP3O_DISTRIBUTED=1 says so.
   One process on a CPU: as many simulated devices as cores, since one device leaves most of them idle (a convolutional
   training step on two cores ran twice as fast on two devices).
 
@@ -27,6 +27,8 @@ def start() -> None:
   explicit = os.environ.get(_COORDINATOR)
   slurm = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
   pod = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
+  # Set by the launchers: on Cloud TPU machines only a metadata server knows of the other hosts, and JAX asks it.
+  pod |= os.environ.get("BLIP3O_DISTRIBUTED") == "1"
   try:
     if explicit:
       jax.distributed.initialize(
