@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "blip3o_jax" / "__init__.py").read_text(), re.MULTILINE).group(1)
 README = ROOT / "README.md"
 
-# What the package imports (a test compares), and tensorflow-datasets for its coming data source. Ranges, not pins: the
-# floor is the oldest version that has the public API used here (jax.set_mesh, AxisType.Auto).
+# What the package imports (a test compares). Ranges, not pins: the floor is the oldest version that has the public API
+# used here (jax.set_mesh, AxisType.Auto).
 BASE = [
   "jax>=0.8",
   "flax>=0.12.2",
@@ -26,6 +26,8 @@ BASE = [
   "clu>=0.0.12",
   "absl-py>=2",
   "etils[epath]>=1.12",
+  "fsspec>=2024.2",
+  "msgpack>=1",
   "huggingface_hub>=0.30",
   "ml_dtypes>=0.5",
   "pillow>=10.1",
@@ -36,6 +38,7 @@ BASE = [
 EXTRAS = {
   "tpu": ["jax[tpu]>=0.8"],
   "cuda": ["jax[cuda12]>=0.8"],
+  "gcs": ["gcsfs>=2024.2"],
   # The PyTorch baselines and the recordings; the CPU build is enough.
   "torch": ["torch>=2.6", "diffusers>=0.35"],
   "tensorboard": ["tensorflow>=2.18", "tensorboard>=2.18"],

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from blip3o_jax.data import pipeline, transforms
+from blip3o_jax.data import sources, transforms
 from blip3o_jax.errors import UserError
 
 
@@ -37,7 +37,7 @@ def describe(path: str | Path, num: int = 3) -> Iterator[str]:
     UserError: there is nothing to read, or it cannot be read.
   """
   for part in _parts(Path(path)):
-    source = pipeline.open_source(str(part))
+    source = sources.open_source(str(part))
     yield f"{part}: {source!r}"
     for i in range(min(num, len(source))):
       record = source[i]

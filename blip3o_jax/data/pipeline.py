@@ -1,22 +1,25 @@
 """Batches of numpy arrays in an order that is a pure function of (seed, global index).
 
-Step s consumes samples [s B, (s + 1) B) of an endless sequence that goes through the data once an epoch, in a new order
-each time; the processes of a job take consecutive parts of every batch. So the position is one integer, valid for any
-number of processes. A bad sample is replaced by another one, at an index that depends on its own alone, counted and
-reported.
+Step s consumes samples [s B, (s + 1) B) of an endless sequence (see data.mixture); the processes of a job take
+consecutive parts of every batch. So the position is one integer, valid for any number of processes, reading threads and
+worker processes. A bad sample is replaced by another one of its source, at an index that depends on its own alone,
+counted and reported.
 """
 
 import dataclasses
+import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from blip3o_jax.data import sources, templates, transforms, vision
+from blip3o_jax.data import templates, transforms, vision
+from blip3o_jax.data.mixture import Mixture
+from blip3o_jax.data.sources import SourceConfig, open_source
 from blip3o_jax.data.vision import ImageProcessor
 from blip3o_jax.errors import UserError
 
@@ -26,17 +29,19 @@ _REPLACEMENTS = 16  # so many bad samples in a row are no accident
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Where a stage's samples are and how one becomes arrays.
+  """Where samples are and how one becomes arrays: `config.data`, or one of its `groups`.
 
-  task: images | captions | generation | conversations. path: shards (TarSource) or a .jsonl (JsonlSource).
+  task: images | captions | generation | conversations.
+  path: what data.sources.SourceConfig.path is, where there is one source; else `sources`: its fields by name of source.
   image_size: side of `pixels`; resize: crop | squash. max_length: tokens a row. max_patches: patches a row.
   buckets: shorter lengths to which training cuts a batch whose rows all fit (see training.feed.Buckets); () = never.
-  form, wording: see templates.generation_prompt. threads, workers: readers; with workers > 0 processes do the decoding.
-  cache: keep built samples in memory, for data that fits there.
+  form, wording: see templates.generation_prompt.
+  rows: of a group, its part of every batch: a batch of `groups` with rows 3 and 1 is three quarters of the first.
   """
 
   task: str
-  path: str
+  path: str | tuple[str, ...] = ""
+  sources: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   image_size: int = 64
   resize: str = "crop"
   max_length: int = 64
@@ -44,10 +49,7 @@ class DataConfig:
   max_patches: int = 0
   form: str = "inference"
   wording: str = "release"
-  threads: int = 2
-  prefetch: int = 128
-  workers: int = 0
-  cache: bool = False
+  rows: int = 1
 
   def __post_init__(self):
     lengths = (0, *self.buckets, self.max_length)
@@ -57,13 +59,27 @@ class DataConfig:
       raise UserError("data.buckets cuts rows of tokens, which task images has none of; leave it out")
 
 
-def make_loader(cfg, **settings) -> Iterator[dict[str, np.ndarray]]:
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How samples are read; nothing that is computed depends on it. These, too, are fields of `config.data`.
+
+  threads: in each process. prefetch: samples each process keeps ready. workers: processes that read and decode; 0 =
+  this one does it. cache: keep built samples in memory, for data that fits there.
+  """
+
+  threads: int = 2
+  prefetch: int = 128
+  workers: int = 0
+  cache: bool = False
+
+
+def make_loader(cfg, **settings) -> Iterator[dict[str, Any]]:
   """An iterator over `make_dataset(cfg, **settings)`."""
   return iter(make_dataset(cfg, **settings))
 
 
 def make_dataset(
-  cfg,
+  cfg: Mapping[str, Any],
   *,
   batch_size: int,
   seed: int,
@@ -77,95 +93,172 @@ def make_dataset(
   """Endless batches of this process, from step `start_step` on (any start costs the same).
 
   Args:
-    cfg: DataConfig, or a mapping of its fields.
-    batch_size: B, over all processes.
+    cfg: fields of DataConfig and Reading; or of Reading and `groups`: DataConfigs by name, for several tasks at once.
+    batch_size: B, over all processes and groups.
     tokenizer: data.tokenizer.Tokenizer; every task but images needs it.
     processor, window_size: the picture layout of the understanding tower, for conversations (see data.vision).
 
   Returns:
-    An endless Grain dataset of dicts with the keys of the task (DESIGN part 3), each [B / process_count, ...].
+    An endless Grain dataset of dicts with the keys of the task (DESIGN part 3), each [B / process_count, ...], and
+    `replaced` [B / process_count] bool. With groups: of such dicts by name of group, each with its part of the rows.
 
   Raises:
-    UserError: unknown keys, missing files, a batch that does not divide.
+    UserError: unknown keys, missing files, a batch that does not divide, fewer samples than a batch takes.
   """
-  cfg = _config(cfg)
-  if batch_size % process_count:
-    raise UserError(f"batch_size {batch_size} does not divide over {process_count} processes")
-  source = open_source(cfg.path)
-  build = make_builder(cfg, tokenizer, processor, window_size)
-  order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+  configs, reading = parse(cfg)
+  build = functools.partial(make_builder, tokenizer=tokenizer, processor=processor, window_size=window_size)
+  groups, first = [], seed
+  for (name, config), rows in zip(configs.items(), split_rows(configs, batch_size, process_count), strict=True):
+    mixture = open_mixture(config)
+    _check_size(mixture, rows)
+    groups.append(_Group(name, mixture, mixture.order(first), build(config), rows, rows // process_count))
+    first += len(mixture.names)
   local = batch_size // process_count
-  samples = _Samples(source, build, order, batch_size, local, start_step, process_index, {} if cfg.cache else None)
-  dataset = grain.MapDataset.source(samples).to_iter_dataset(grain.ReadOptions(cfg.threads, cfg.prefetch))
-  if cfg.workers:
+  samples = _Samples(groups, local, start_step, process_index, {} if reading.cache else None)
+  dataset = grain.MapDataset.source(samples).to_iter_dataset(grain.ReadOptions(reading.threads, reading.prefetch))
+  if reading.workers:
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which only absl.app parses
-    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(cfg.workers, per_worker_buffer_size=cfg.prefetch))
+    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(reading.workers, reading.prefetch))
   # Batching comes last: before the worker processes it would give each its own batches, and lose the rest of an epoch.
-  return dataset.batch(local, batch_fn=_stack)
+  parts = [(group.name, group.local) for group in groups]
+  return dataset.batch(local, batch_fn=functools.partial(_stack, parts=parts))
 
 
-def _config(cfg) -> DataConfig:
-  if isinstance(cfg, DataConfig):
-    return cfg
-  fields = {field.name for field in dataclasses.fields(DataConfig)}
-  unknown = sorted(set(cfg) - fields)
-  if unknown:
-    raise UserError(f"data config has unknown keys {', '.join(unknown)}; known: {', '.join(sorted(fields))}")
-  missing = sorted({"task", "path"} - set(cfg))
-  if missing:
-    raise UserError(f"data config lacks {', '.join(missing)}")
-  return DataConfig(**cfg)
+def parse(cfg: Mapping[str, Any]) -> tuple[dict[str, DataConfig], Reading]:
+  """The groups of a `config.data`, and how to read. One that has no groups is a single one, named "".
+
+  Raises:
+    UserError: keys that nothing reads, or lacking ones.
+  """
+  rest = dict(cfg)
+  reading = _fields(Reading, {key: rest.pop(key) for key in vars(Reading()) if key in rest}, "data")
+  if "groups" not in rest:
+    return {"": _fields(DataConfig, rest, "data")}, reading
+  groups = rest.pop("groups")
+  if rest or not groups:
+    raise UserError(f"data config with groups holds {', '.join(rest) or 'none'} beside them; put it into the groups")
+  configs = {name: _fields(DataConfig, group, f"data.groups.{name}") for name, group in groups.items()}
+  if any(config.buckets for config in configs.values()):
+    raise UserError("data.groups cannot have buckets: their lengths would have to be agreed group by group")
+  return configs, reading
 
 
-def open_source(path):
-  """JsonlSource for a .jsonl file, else TarSource."""
-  return sources.JsonlSource(path) if str(path).endswith(".jsonl") else sources.TarSource(path)
+def _fields(kind, values: Mapping[str, Any], where: str):
+  known = [field.name for field in dataclasses.fields(kind)]
+  if unknown := sorted(set(values) - set(known)):
+    raise UserError(f"{where} config has unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+  if kind is DataConfig and ("task" not in values or bool(values.get("path")) == bool(values.get("sources"))):
+    raise UserError(
+      f"{where} config needs a task, and either a path or sources; it has {', '.join(values) or 'nothing'}"
+    )
+  return kind(**values)
 
 
-def _stack(samples: list[dict]) -> dict[str, np.ndarray]:
-  return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
+def split_rows(configs: Mapping[str, DataConfig], batch_size: int, process_count: int = 1) -> list[int]:
+  """Rows of a batch that each group gets.
+
+  Raises:
+    UserError: they are not whole on every process (naming the nearest sizes of a batch that would do).
+  """
+  total = sum(config.rows for config in configs.values())
+  unit = total * process_count // np.gcd.reduce([config.rows for config in configs.values()])
+  if batch_size % unit:
+    nearest = sorted({max(unit, batch_size // unit * unit), -(-batch_size // unit) * unit})
+    groups = f" in groups of {' : '.join(str(config.rows) for config in configs.values())}" * (len(configs) > 1)
+    raise UserError(
+      f"batch_size {batch_size} does not divide over {process_count} processes{groups}; "
+      f"take {' or '.join(str(size) for size in nearest)}"
+    )
+  return [batch_size * config.rows // total for config in configs.values()]
+
+
+def open_mixture(config: DataConfig) -> Mixture:
+  """The sources of one group. Raises UserError for what is wrong with any of them."""
+  named = config.sources or {str(config.path): {"path": config.path}}
+  opened, weights = {}, {}
+  for name, fields in named.items():
+    source = _fields(SourceConfig, fields, f"data.sources.{name}")
+    opened[name], weights[name] = open_source(source), source.weight
+  return Mixture(opened, weights)
+
+
+def _check_size(mixture: Mixture, rows: int) -> None:
+  for name, size in mixture.sizes().items():
+    if size < (wanted := int(rows * mixture.shares[name])):
+      raise UserError(f"{name} has {size} samples, a batch takes {wanted}; give it more, or take a smaller batch")
+
+
+def _stack(samples: list[dict], parts: list[tuple[str, int]]) -> dict[str, Any]:
+  batches, start = {}, 0
+  for name, rows in parts:
+    part = samples[start : start + rows]
+    batches[name] = {key: np.stack([sample[key] for sample in part]) for key in part[0]}
+    start += rows
+  return batches.get("", batches)
+
+
+@dataclasses.dataclass
+class _Group:
+  """Samples of one task: `batch` of them make up its part of a batch, `local` the part of this process."""
+
+  name: str
+  mixture: Mixture
+  order: grain.MapDataset
+  build: Callable[[dict], dict]
+  batch: int
+  local: int
+
+  def sample(self, index: int) -> dict:
+    """Sample `index` of the mixture, or the first good one of a fixed row of others of its source."""
+    n = self.mixture.sizes()[self.mixture.source_of(index)]
+    for k in range(_REPLACEMENTS):
+      # By the golden ratio: far away and spread evenly, since neighbours tend to be bad together.
+      try:
+        return self.build(self.mixture.record(index, round(k * n * 0.618034))) | {"replaced": np.bool_(k > 0)}
+      except UserError as error:
+        _warn(error)
+        last = error
+    raise UserError(f"{_REPLACEMENTS} samples in a row are bad; the last: {last}")
 
 
 @dataclasses.dataclass
 class _Samples:
-  """Built samples of one process: index i is sample i % local of its part of batch start_step + i // local."""
+  """Built samples of one process: those of step start_step, group by group, then those of the next step."""
 
-  source: object
-  build: Callable[[dict], dict]
-  order: grain.MapDataset
-  batch: int
+  groups: list[_Group]
   local: int
   start_step: int
   process_index: int
-  cache: dict[int, dict] | None = None
-  replaced: int = 0
+  cache: dict[tuple[str, int], dict] | None = None
 
   def __len__(self) -> int:
-    return sys.maxsize // self.batch - self.start_step
+    return sys.maxsize // max(group.batch for group in self.groups) - self.start_step
 
   def __getitem__(self, i: int) -> dict:
     step, offset = divmod(i, self.local)
-    index = int(self.order[(self.start_step + step) * self.batch + self.process_index * self.local + offset])
+    for group in self.groups:
+      if offset < group.local:
+        break
+      offset -= group.local
+    index = int(group.order[(self.start_step + step) * group.batch + self.process_index * group.local + offset])
     if self.cache is None:
-      return self.sample(index)
-    if index not in self.cache:
-      self.cache[index] = self.sample(index)
-    return self.cache[index]
+      return group.sample(index)
+    key = group.name, index
+    if key not in self.cache:
+      self.cache[key] = group.sample(index)
+    return self.cache[key]
 
-  def sample(self, index: int) -> dict:
-    """Sample `index` of the source, or the next good one after it at a fixed stride."""
-    n = len(self.source)
-    stride = 7919 % n or 1  # far away: neighbours tend to be bad together
-    for k in range(_REPLACEMENTS):
-      try:
-        return self.build(self.source[(index + k * stride) % n])
-      except UserError as error:
-        self.replaced += 1
-        if self.replaced <= 10:
-          _log.warning("sample replaced by another: %s", error)
-        last = error
-    raise UserError(f"{_REPLACEMENTS} samples in a row are bad; the last: {last}")
+
+_warned = 0
+
+
+def _warn(error: UserError) -> None:
+  """Tell of a bad sample; of the first ten in this process, as their number is counted anyway."""
+  global _warned
+  _warned += 1
+  if _warned <= 10:
+    _log.warning("sample replaced by another: %s", error)
 
 
 # ---- one sample
@@ -198,16 +291,24 @@ class _Builder:
     return transforms.square(transforms.decode(record["image"], record["name"]), self.cfg.image_size, self.cfg.resize)
 
   def text(self, record: dict) -> str:
-    text = record.get("text", record.get("caption"))
-    if not isinstance(text, str):
-      raise UserError(f"{record['name']} has no caption")
+    text = record.get("text")
+    if not isinstance(text, str) or not text.strip():
+      raise UserError(f"{record['name']} has {'an empty' if isinstance(text, str) else 'no'} caption")
     return text
 
-  def row(self, tokens: list[int]) -> dict[str, np.ndarray]:
-    """tokens [L] int32 and token_mask [L] bool: cut to max_length, padded on the right."""
+  def row(self, tokens: list[int], last: int | None = None) -> dict[str, np.ndarray]:
+    """tokens [L] int32, token_mask [L] bool, truncated (bool): cut to max_length, padded on the right.
+
+    last: a token that stays the last one whatever is cut.
+    """
+    length = self.cfg.max_length
+    truncated = len(tokens) > length
+    if truncated and last is not None:
+      tokens = [*tokens[: length - 1], last]
     return {
-      "tokens": _pad(tokens, self.cfg.max_length, self.tokenizer.pad),
-      "token_mask": np.arange(self.cfg.max_length) < len(tokens),
+      "tokens": _pad(tokens, length, self.tokenizer.pad),
+      "token_mask": np.arange(length) < len(tokens),
+      "truncated": np.bool_(truncated),
     }
 
 
@@ -230,12 +331,12 @@ class _Generation(_Builder):
 
   def __call__(self, record: dict) -> dict[str, np.ndarray]:
     cfg = self.cfg
-    tokens = templates.generation_prompt(
-      self.tokenizer, self.text(record), form=cfg.form, wording=cfg.wording, max_length=cfg.max_length
-    )
-    positions = np.where(np.arange(cfg.max_length) < len(tokens), np.arange(cfg.max_length), 0)
+    # The tail of a long prompt is cut, as the release does (to 448 there, with the image start; spec 4.2).
+    tokens = templates.generation_prompt(self.tokenizer, self.text(record), form=cfg.form, wording=cfg.wording)
+    row = self.row(tokens, last=self.tokenizer.image_start)
+    positions = np.where(row["token_mask"], np.arange(cfg.max_length), 0)
     positions = np.broadcast_to(positions.astype(np.int32), (3, cfg.max_length))
-    return {"pixels": self.pixels(record), "positions": positions} | self.row(tokens)
+    return {"pixels": self.pixels(record), "positions": positions} | row
 
 
 class _Conversations(_Builder):
@@ -244,7 +345,7 @@ class _Conversations(_Builder):
   def __call__(self, record: dict) -> dict[str, np.ndarray]:
     cfg, merge = self.cfg, self.processor.merge_size
     numbers = {"merge_size": merge, "window_size": self.window_size, "patch_size": self.processor.patch_size}
-    if record["image"]:
+    if record.get("image"):
       patches, grid = self.processor(transforms.decode(record["image"], record["name"]))
     else:
       patches, grid = (
@@ -253,7 +354,7 @@ class _Conversations(_Builder):
       )
     seen = vision.pad_rows([(patches, grid)], length=cfg.max_patches, images=1, **numbers)
     tokens, labels = templates.conversation(
-      self.tokenizer, _turns(record), [len(patches) // merge**2] if record["image"] else []
+      self.tokenizer, _turns(record), [len(patches) // merge**2] if record.get("image") else []
     )
     row = self.row(tokens) | {"labels": _pad(labels, cfg.max_length, templates.IGNORE)}
     if not (row["labels"] != templates.IGNORE).any():

@@ -1,210 +1,258 @@
-"""Random access to samples on disk (the protocol of `grain.sources.RandomAccessDataSource`).
+"""What a path of a config means: random access to samples, wherever and however they are stored.
 
-`TarSource` reads uncompressed WebDataset shards in place, `JsonlSource` rows with image files beside them. Records are
-plain dicts of undecoded bytes. What is wrong with the files as a whole is a UserError when a source is opened; what is
-wrong with one sample is a UserError when it is read, and data.pipeline puts another sample in its place.
+`open_source` is the one way in. Every source has a length, and gives records: dicts of undecoded bytes with "image"
+(bytes, or None), "text" (str, where there is one), "name" (what to call the sample), and what else a row holds, such as
+"conversations". What is wrong with the files as a whole is a UserError when a source is opened; what is wrong with one
+sample is a UserError when it is read, and data.pipeline puts another sample in its place.
 """
 
 import bisect
-import glob
+import dataclasses
 import json
 import os
-import tarfile
-import threading
-import zipfile
-from pathlib import Path
+from typing import Protocol
 
+import grain
+import msgpack
 import numpy as np
 
+from blip3o_jax.data import files
+from blip3o_jax.data.tars import TarSource
 from blip3o_jax.errors import UserError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+TFDS = "tfds:"
+_TFDS_FILE = "dataset_info.json"
 
 
-class _Files:
-  """Positional reads from files that open on first use, once a process; pickles as a list of paths."""
+class Source(Protocol):
+  """Random access to records; the protocol of `grain.sources.RandomAccessDataSource`."""
 
-  def __init__(self, paths: list[str]):
-    self.paths = paths
-    self._open()
+  def __len__(self) -> int: ...
 
-  def _open(self) -> None:
-    self._handles: dict[tuple[int, str], int] = {}
-    self._lock = threading.Lock()
-
-  def __getstate__(self):
-    return self.paths
-
-  def __setstate__(self, paths):
-    self.paths = paths
-    self._open()
-
-  def read(self, path: str, offset: int, size: int) -> bytes:
-    key = (os.getpid(), path)  # a forked child must not share the parent's handles
-    with self._lock:
-      if key not in self._handles:
-        self._handles[key] = os.open(path, os.O_RDONLY)
-    return os.pread(self._handles[key], size, offset)
+  def __getitem__(self, index: int) -> dict: ...
 
 
-class TarSource:
-  """Samples of WebDataset tars: members `<key>.<image extension>` and `<key>.txt` in one shard are one sample.
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+  """One source of samples.
 
-  Args:
-    path: a tar, a folder of tars, a glob pattern, or a list of these; shards in sorted order.
-    cache: keep the index of each shard in a folder `.index` beside it (in memory only where that cannot be written).
-
-  Raises:
-    UserError: no shard, a compressed or truncated shard, a member without a partner, two members of one name.
+  path: one path, pattern or list of these (see data.files.expand), local or in a bucket, all of one kind:
+    tars `*.tar` (WebDataset); rows `*.jsonl`; ArrayRecord `*.array_record*`; a folder of any of these; a prepared TFDS
+    dataset (its folder, or `tfds:NAME` for one under TFDS_DATA_DIR).
+  weight: share in a mixture; 0 = the number of its samples, so that sources are as good as concatenated (spec 11.2).
+  image, text: which fields of a row or features of a TFDS dataset are the picture and its caption; "" = image, and
+    text or caption, whichever there is.
+  root: folder of the pictures of a .jsonl; "" = the folder of the file.
+  split: of a TFDS dataset.
   """
 
-  def __init__(self, path, cache: bool = True):
-    self.shards = _shards(path)
-    indices = [_index(shard, cache) for shard in self.shards]
-    self._keys = [keys for keys, _ in indices]
-    self._spans = [spans for _, spans in indices]
-    self._starts = np.cumsum([0] + [len(keys) for keys in self._keys]).tolist()
-    self._files = _Files(self.shards)
-    if not len(self):
-      raise UserError(f"no samples in {self.shards[0]}{' and others' if len(self.shards) > 1 else ''}")
+  path: str | tuple[str, ...] = ""
+  weight: float = 0.0
+  image: str = ""
+  text: str = ""
+  root: str = ""
+  split: str = "train"
 
-  def __len__(self) -> int:
-    return self._starts[-1]
 
-  def __repr__(self) -> str:
-    return f"TarSource({len(self.shards)} shards, {len(self)} samples)"
+def open_source(cfg: SourceConfig | str | os.PathLike) -> Source:
+  """The source that a config or a plain path means.
 
-  def __getitem__(self, index: int) -> dict:
-    """{"image": bytes, "text": str, "name": "shard: key"}. Raises UserError for a caption that is not UTF-8."""
-    shard = bisect.bisect_right(self._starts, index) - 1
-    row = index - self._starts[shard]
-    path = self.shards[shard]
-    name = f"{path}: {bytes(self._keys[shard][row]).decode(errors='replace')}"
-    image_at, image_size, text_at, text_size = self._spans[shard][row].tolist()
+  Raises:
+    UserError: nothing there, files of several kinds, or what is wrong with them.
+  """
+  cfg = cfg if isinstance(cfg, SourceConfig) else SourceConfig(os.fspath(cfg))
+  if isinstance(cfg.path, str) and cfg.path.startswith(TFDS):
+    return TfdsSource(cfg)
+  found = files.expand(cfg.path)
+  if len(found) == 1 and _is_tfds(found[0]):
+    return TfdsSource(dataclasses.replace(cfg, path=found[0]))
+  shards = [file for path in found for file in _data_files(path)]
+  kinds = {_kind(shard) for shard in shards}
+  if len(kinds) > 1:
+    raise UserError(f"{cfg.path} holds data of several kinds ({', '.join(sorted(kinds))}); name the files of one")
+  if kinds == {"tar"}:
+    return TarSource(shards)
+  return (JsonlSource if kinds == {"jsonl"} else ArrayRecordSource)(shards, cfg)
+
+
+def _kind(path: str) -> str | None:
+  name = path.rpartition("/")[2]
+  for kind, mark in (("tar", ".tar"), ("jsonl", ".jsonl")):
+    if name.endswith(mark):
+      return kind
+  return "array_record" if ".array_record" in name else None  # sharded names go on: .array_record-00000-of-00010
+
+
+def _data_files(path: str) -> list[str]:
+  if _kind(path):
+    return [path]
+  if files.is_folder(path):
+    if inside := [f"{path.rstrip('/')}/{name}" for name in files.listing(path) if _kind(name)]:
+      return inside
+    raise UserError(f"no data at {path}: the folder holds neither .tar shards nor .jsonl, .array_record or TFDS files")
+  raise UserError(f"{path} is no data that is known here; give .tar shards, .jsonl or .array_record files, or a folder")
+
+
+def _is_tfds(path: str) -> bool:
+  return files.is_folder(path) and _TFDS_FILE in files.listing(path)
+
+
+def _record(row: dict, cfg: SourceConfig, name: str) -> dict:
+  """A row with picture and caption where builders look for them. Raises UserError if a named field is missing."""
+  if lacking := [field for field in (cfg.image, cfg.text) if field and field not in row]:
+    raise UserError(f"{name} has no field {lacking[0]!r}; there are {', '.join(sorted(row))}")
+  text = row.get(cfg.text) if cfg.text else row.get("text", row.get("caption"))
+  if isinstance(text, bytes):
     try:
-      text = self._files.read(path, text_at, text_size).decode()
+      text = text.decode()
     except UnicodeDecodeError:
-      raise UserError(f"caption {name}.txt is not UTF-8") from None
-    return {"image": self._files.read(path, image_at, image_size), "text": text.strip(), "name": name}
-
-
-def _shards(path) -> list[str]:
-  """Paths of all tars meant by `path`, sorted."""
-  found: list[str] = []
-  for one in [path] if isinstance(path, str | os.PathLike) else path:
-    one = os.fspath(one)
-    matches = glob.glob(os.path.join(one, "*.tar")) if os.path.isdir(one) else glob.glob(one)
-    if not matches:
-      raise UserError(f"no tar shards at {one}; give a .tar, a folder of them or a glob pattern")
-    found += matches
-  return sorted(set(found))
-
-
-def _index(shard: str, cache: bool) -> tuple[np.ndarray, np.ndarray]:
-  """Keys [n] bytes and spans [n, 4] int64 (offset and size of image and caption) of one shard, in order of the tar."""
-  stat = os.stat(shard)
-  stamp = np.array([stat.st_size, stat.st_mtime_ns])
-  stored = Path(shard).parent / ".index" / (Path(shard).name + ".npz")
-  if cache and stored.exists():
-    try:
-      with np.load(stored) as arrays:
-        if np.array_equal(arrays["stamp"], stamp):
-          return arrays["keys"], arrays["spans"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-      pass  # a damaged cache is made again
-  keys, spans = _read_headers(shard)
-  if cache:
-    temporary = stored.with_name(f".{stored.stem}.{os.getpid()}.npz")
-    try:
-      stored.parent.mkdir(exist_ok=True)
-      np.savez(temporary, stamp=stamp, keys=keys, spans=spans)
-      os.replace(temporary, stored)
-    except OSError:
-      pass  # read-only data
-  return keys, spans
-
-
-def _read_headers(shard: str) -> tuple[np.ndarray, np.ndarray]:
-  pairs: dict[str, dict[str, tuple[int, int]]] = {}
-  last, end = "the start", 0
-  try:
-    with tarfile.open(shard, "r:") as tar:
-      for member in tar:
-        last, end = member.name, member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        if not member.isfile():
-          continue
-        folder, _, file = member.name.rpartition("/")
-        stem, _, extension = file.rpartition(".")
-        extension = extension.lower()
-        kind = "image" if extension in IMAGE_EXTENSIONS else "text" if extension == "txt" else None
-        if kind is None or not stem:
-          continue  # other members (.json, .cls) belong to other readers
-        pair = pairs.setdefault(f"{folder}/{stem}" if folder else stem, {})
-        if kind in pair:
-          raise UserError(f"shard {shard} holds {member.name} twice (or two images of one key); make its keys unique")
-        pair[kind] = (member.offset_data, member.size)
-    # The module takes a header that is cut off for the end; a whole tar ends in blocks of zeros.
-    with open(shard, "rb") as file:
-      file.seek(end)
-      if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError
-  except tarfile.ReadError:
-    with open(shard, "rb") as file:
-      packed = file.read(4)[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
-    if packed:
-      raise UserError(f"shard {shard} is compressed; unpack it: only plain tars allow random access") from None
-    raise UserError(f"shard {shard} is truncated or no tar, after member {last}; fetch it again") from None
-  for key, pair in pairs.items():
-    if len(pair) < 2:
-      lacks = "caption .txt" if "image" in pair else "image"
-      raise UserError(f"shard {shard}: {key} has no {lacks}; every sample needs an image and a .txt")
-  spans = np.array([[*pair["image"], *pair["text"]] for pair in pairs.values()], np.int64).reshape(-1, 4)
-  return np.array([key.encode() for key in pairs], np.bytes_), spans
+      raise UserError(f"the caption of {name} is not UTF-8") from None
+  return row | {"image": row.get(cfg.image or "image"), "name": name} | ({} if text is None else {"text": text})
 
 
 class JsonlSource:
-  """Rows of a JSON-lines file with image paths: {"image": path or null, ...}, paths relative to the file (or `root`).
+  """Rows of JSON-lines files with picture files beside them: {"image": path or null, "text": caption, ...}.
 
   Args:
-    path: the file.
-    root: folder of the images; default the folder of the file.
+    paths: the files.
+    cfg: fields, and folder of the pictures.
 
   Raises:
-    UserError: no such file, or no rows.
+    UserError: a file that cannot be read, or no rows.
   """
 
-  def __init__(self, path, root=None):
-    self.path = os.fspath(path)
-    self.root = os.fspath(root) if root else os.path.dirname(self.path)
-    if not os.path.isfile(self.path):
-      raise UserError(f"no such file: {self.path}")
-    with open(self.path, "rb") as file:
-      sizes = [len(line) for line in file]
-    self._starts = np.cumsum([0, *sizes], dtype=np.int64)
-    if not sizes:
-      raise UserError(f"{self.path} has no rows")
-    self._files = _Files([self.path])
+  def __init__(self, paths: list[str], cfg: SourceConfig = SourceConfig()):
+    self.paths, self._cfg = paths, cfg
+    self._starts = [_line_starts(path) for path in paths]  # 8 bytes a row
+    self._first = np.cumsum([0] + [len(starts) - 1 for starts in self._starts]).tolist()
+    if not len(self):
+      raise UserError(f"{paths[0]} has no rows")
 
   def __len__(self) -> int:
-    return len(self._starts) - 1
+    return self._first[-1]
 
   def __repr__(self) -> str:
-    return f"JsonlSource({self.path}, {len(self)} rows)"
+    return f"JsonlSource({_few(self.paths)}, {len(self)} rows)"
 
   def __getitem__(self, index: int) -> dict:
-    """The row with "image" as bytes (or None) and "name". Raises UserError for a bad row or a missing picture."""
-    start, end = self._starts[index : index + 2].tolist()
-    name = f"{self.path}: line {index + 1}"
+    """The row with its picture as bytes. Raises UserError for a bad row or a missing picture."""
+    number = bisect.bisect_right(self._first, index) - 1
+    line = index - self._first[number]
+    start, end = self._starts[number][line : line + 2].tolist()
+    path = self.paths[number]
+    name = f"{path}: line {line + 1}"
     try:
-      row = json.loads(self._files.read(self.path, start, end - start))
+      row = json.loads(files.read(path, start, end - start))
     except ValueError as error:
       raise UserError(f"{name} is not JSON: {error}") from None
     if not isinstance(row, dict):
       raise UserError(f"{name} is not a JSON object")
-    image = row.get("image")
-    if image is not None:
+    record = _record(row, self._cfg, name)
+    if record["image"] is not None:
+      if not isinstance(record["image"], str):
+        raise UserError(f"{name}: its picture is {record['image']!r}, not a path")
+      root = self._cfg.root or path.rpartition("/")[0]
       try:
-        image = Path(self.root, image).read_bytes()
-      except (OSError, TypeError) as error:
-        raise UserError(f"{name}: picture {image!r} cannot be read ({error})") from None
-    return row | {"image": image, "name": name}
+        record["image"] = files.read(os.path.join(root, record["image"]))
+      except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    return record
+
+
+def _line_starts(path: str) -> np.ndarray:
+  """Where each line begins and the last ends, int64 [n + 1]; empty lines at the end are none."""
+  with files.reading(path), files.stream(path) as lines:
+    sizes = [0]
+    rows = 0
+    for line in lines:
+      sizes.append(len(line))
+      rows = len(sizes) - 1 if line.strip() else rows
+  return np.cumsum(sizes[: rows + 1], dtype=np.int64)
+
+
+def _few(paths: list[str]) -> str:
+  return ", ".join(paths[:3]) + ", ..." * (len(paths) > 3)
+
+
+class ArrayRecordSource:
+  """Records of ArrayRecord files: each a msgpack map, the fields of a JSONL row with the picture itself in "image".
+
+  {"image": bytes of a JPEG, PNG or WebP file, "text": caption} for captions; {"image": ..., "conversations": [...]} for
+  questions. Write them with `group_size:1`, or every read fetches a whole group.
+
+  Raises:
+    UserError: a file that is not ArrayRecord, or no records.
+  """
+
+  def __init__(self, paths: list[str], cfg: SourceConfig = SourceConfig()):
+    if remote := [path for path in paths if files.is_remote(path)]:
+      raise UserError(f"{remote[0]}: ArrayRecord is read from local disks only; copy it, or mount the bucket")
+    self.paths, self._cfg = paths, cfg
+    with files.reading(paths[0]):
+      self._records = grain.sources.ArrayRecordDataSource(paths)
+      if not len(self._records):
+        raise UserError(f"{paths[0]} has no records")
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __repr__(self) -> str:
+    return f"ArrayRecordSource({_few(self.paths)}, {len(self)} records)"
+
+  def __getitem__(self, index: int) -> dict:
+    """The record's fields. Raises UserError for one that cannot be read or is no msgpack map."""
+    name = f"{self.paths[0]}: record {index}"
+    with files.reading(name):
+      content = self._records[index]
+    try:
+      row = msgpack.unpackb(content)
+    except Exception as error:  # the library raises several kinds that share no parent
+      raise UserError(f"{name} is not msgpack: {error}") from None
+    if not isinstance(row, dict):
+      raise UserError(f"{name} is not a msgpack map")
+    return _record(row, self._cfg, name)
+
+
+class TfdsSource:
+  """Examples of a TFDS dataset that is prepared as ArrayRecord (`tfds build --file_format=array_record`).
+
+  Raises:
+    UserError: no such dataset, split or feature; another file format.
+  """
+
+  def __init__(self, cfg: SourceConfig):
+    import tensorflow_datasets as tfds  # slow to import, and seldom needed
+
+    self.path, self._cfg = str(cfg.path), cfg
+    image, text = cfg.image or "image", cfg.text
+    try:
+      if self.path.startswith(TFDS):
+        builder = tfds.builder(self.path.removeprefix(TFDS))
+      else:
+        builder = tfds.builder_from_directory(self.path)
+      features = builder.info.features
+      if lacking := [name for name in (image, text) if name and name not in features]:
+        raise UserError(f"{self.path} has no feature {lacking[0]!r}; there are {', '.join(features)}")
+      # The pictures stay encoded: they are decoded as all others are.
+      decoders = {image: tfds.decode.SkipDecoding()}
+      self._examples = builder.as_data_source(split=cfg.split, decoders=decoders)
+      length = len(self._examples)
+    except UserError:
+      raise
+    except Exception as error:  # the library raises whatever comes
+      raise UserError(f"{self.path}, split {cfg.split!r}: {' '.join(str(error).split())[:300]}") from None
+    if not length:
+      raise UserError(f"{self.path}, split {cfg.split!r}, has no examples")
+
+  def __len__(self) -> int:
+    return len(self._examples)
+
+  def __repr__(self) -> str:
+    return f"TfdsSource({self.path}, split {self._cfg.split}, {len(self)} examples)"
+
+  def __getitem__(self, index: int) -> dict:
+    """The example's features, its picture as bytes."""
+    name = f"{self.path}: {self._cfg.split} {index}"
+    with files.reading(name):
+      example = dict(self._examples[index])
+    return _record(example, self._cfg, name)

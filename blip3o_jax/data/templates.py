@@ -88,20 +88,17 @@ def generation_prompt(
   form: str = "inference",
   wording: str | None = "release",
   image_tokens: Sequence[int] = (),
-  max_length: int | None = None,
 ) -> list[int]:
   """`drawing_prompt` of one caption.
 
   Args:
     caption: what to draw; with `wording=None` the whole human message (reconstruction and editing: "<image>\\n...").
-    max_length: limit including the image-start token; the tail is cut, as the release does (448 there, spec 4.2).
 
   Raises:
     UserError: unknown form or wording.
   """
   human = worded(caption, wording) if wording else caption
-  tokens = drawing_prompt(tokenizer, [("user", human)], [image_tokens] if image_tokens else None, form=form)
-  return tokens[: max_length - 1 if max_length else -1] + [tokenizer.image_start]
+  return drawing_prompt(tokenizer, [("user", human)], [image_tokens] if image_tokens else None, form=form)
 
 
 def conversation(

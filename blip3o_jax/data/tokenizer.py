@@ -57,7 +57,8 @@ class Tokenizer:
 
   def encode(self, text: str) -> list[int]:
     """Token ids of a text, nothing added."""
-    return list(_encode(self.backend, text))
+    # The template's words come again and again; long texts hardly ever do, and would fill the memory.
+    return list(_encode_again(self.backend, text) if len(text) <= 256 else _encode(self.backend, text))
 
   def decode(self, tokens: Iterable[int], skip_special: bool = True) -> str:
     """The text of token ids."""
@@ -87,9 +88,11 @@ class Tokenizer:
       os.replace(temporary, folder / name)
 
 
-@functools.lru_cache(maxsize=65536)
 def _encode(backend: tokenizers.Tokenizer, text: str) -> tuple[int, ...]:
   return tuple(backend.encode(text, add_special_tokens=False).ids)
+
+
+_encode_again = functools.lru_cache(maxsize=16384)(_encode)
 
 
 def _special(name: str) -> tokenizers.AddedToken:

@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,20 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from blip3o_jax.data.vision import CLIP_MEAN, CLIP_STD
 from blip3o_jax.errors import UserError
 
+MAX_PIXELS = 89_478_485  # where PIL begins to suspect a decompression bomb: 256 MiB of RGB
+MAX_RATIO = 200  # of the sides; the longer one is resized as a whole before it is cropped
+
 
 def decode(content: bytes, name: str = "picture") -> Image.Image:
-  """An RGB PIL image. Raises UserError naming the picture when the bytes are no image."""
-  return open_picture(io.BytesIO(content), name)
+  """A picture of a data set, RGB and upright, as the release's training makes it.
+
+  Its shards come through `datasets`, which turns a picture as its EXIF orientation says, and then through Pillow's
+  convert("RGB"), whatever the mode: transparency is dropped, 16 bits are clipped to 8, CMYK knows no profile.
+
+  Raises:
+    UserError: naming the picture, when it cannot be read, is cut off, or has more than MAX_PIXELS.
+  """
+  return _opened(io.BytesIO(content), name, lambda image: ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def open_picture(picture: Image.Image | np.ndarray | str | os.PathLike | io.IOBase, name: str = "") -> Image.Image:
@@ -31,18 +42,22 @@ def open_picture(picture: Image.Image | np.ndarray | str | os.PathLike | io.IOBa
     return _rgb(picture)
   if not isinstance(picture, str | os.PathLike | io.IOBase):
     raise UserError(f"a picture is a {type(picture).__name__}; give an image, an array or a path")
-  name = name or str(picture)
+  return _opened(picture, name or str(picture), _rgb)
+
+
+def _opened(picture: str | os.PathLike | io.IOBase, name: str, convert: Callable) -> Image.Image:
   try:
-    with Image.open(picture) as file:
-      return _rgb(file)
+    with Image.open(picture) as file:  # reads the header alone
+      if file.width * file.height > MAX_PIXELS:
+        raise Image.DecompressionBombError
+      return convert(file)
   except FileNotFoundError:
     raise UserError(f"{name}: no such image") from None
   except Image.DecompressionBombError:
-    most = 2 * Image.MAX_IMAGE_PIXELS
-    raise UserError(f"{name}: more than {most // 10**6} million pixels; shrink it first") from None
+    raise UserError(f"{name}: more than {MAX_PIXELS // 10**6} million pixels; shrink it first") from None
   except UnidentifiedImageError:
     raise UserError(f"{name}: not an image that Pillow knows") from None
-  except (OSError, SyntaxError, ValueError) as error:
+  except Exception as error:  # Pillow's plugins raise whatever the bytes lead them to
     raise UserError(f"{name}: not a readable image ({error})") from None
 
 
@@ -65,10 +80,15 @@ def square(image: Image.Image, size: int, mode: str = "crop") -> np.ndarray:
 
   mode "crop": shortest side to `size` (bicubic, antialiased), then the centre, as the release trains; "squash": the
   aspect ratio is lost, as its inference pipeline does.
+
+  Raises:
+    UserError: an unknown mode, or one side more than MAX_RATIO times the other.
   """
   if mode not in ("crop", "squash"):
     raise UserError(f"resize mode {mode!r} is unknown; choose crop or squash")
   width, height = image.size
+  if max(image.size) > MAX_RATIO * min(image.size):
+    raise UserError(f"a picture of {image.width} x {image.height} is too long and thin: crop it below 1 : {MAX_RATIO}")
   if mode == "crop":
     # The longer side is truncated and the crop offset rounded, as torchvision does.
     short = min(width, height)

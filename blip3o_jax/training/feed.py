@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,10 @@ from blip3o_jax.porting.locate import open_model
 from blip3o_jax.porting.source import Source, default_preprocessor
 from blip3o_jax.types import Batch
 
+COUNTED = ("replaced", "truncated")  # what the loader says of each row beside what the step takes
 
-def open_loader(config: ConfigDict, architecture: Blip3oConfig, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+
+def open_loader(config: ConfigDict, architecture: Blip3oConfig, start_step: int) -> Iterator[dict[str, Any]]:
   """This process's part of the batches, from `start_step` on.
 
   Raises:
@@ -36,7 +39,7 @@ def open_loader(config: ConfigDict, architecture: Blip3oConfig, start_step: int)
     preprocessor = source.image_preprocessor() if source else default_preprocessor(architecture)
     processor = ImageProcessor.from_reference(preprocessor)
     pictures = {"processor": processor, "window_size": backbone.vision.window_size}
-  elif config.data.task == "conversations":
+  elif any(group.task == "conversations" for group in pipeline.parse(config.data.to_dict())[0].values()):
     raise UserError("data.task conversations prepares pictures for Qwen2.5-VL's tower alone; take such a preset")
   return pipeline.make_loader(
     config.data.to_dict(),
@@ -60,12 +63,17 @@ def tokenizer_dir(config: ConfigDict, source: Source | None) -> Path | None:
 class Prefetch:
   """Iterator of global batches: each process's rows [B / processes, ...] become jax.Arrays [B, ...] in `sharding`.
 
-  A thread reads and copies one batch ahead. Text and other keys that no device can hold are left out. Whatever the
-  loader raises is raised here, in its turn. Use as a context manager.
+  A thread reads and copies one batch ahead. Text and other keys that no device can hold are left out, and so are those
+  that only count. Groups of keys stay groups. Whatever the loader raises is raised here, in its turn. Use as a context
+  manager.
+
+  Attributes:
+    counts: rows of this process so far, by name of COUNTED, that were replaced by others, or cut to fit.
   """
 
-  def __init__(self, loader: Iterator[dict[str, np.ndarray]], sharding: NamedSharding):
+  def __init__(self, loader: Iterator[dict[str, Any]], sharding: NamedSharding):
     self._loader, self._sharding = loader, sharding
+    self.counts = dict.fromkeys(COUNTED, 0)
     self._queue: queue.Queue = queue.Queue(maxsize=1)
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
@@ -85,19 +93,27 @@ class Prefetch:
     item = self._queue.get()
     if isinstance(item, BaseException):
       raise item
-    return item
+    batch, counts = item
+    self.counts = {name: self.counts[name] + counts[name] for name in COUNTED}
+    return batch
 
   def _run(self) -> None:
     try:
       for batch in self._loader:
-        if not self._put({key: self._place(value) for key, value in batch.items() if _is_numeric(value)}):
+        if not self._put((self._place(batch), {name: _count(batch, name) for name in COUNTED})):
           return
       self._put(RuntimeError("the data loader ended; a training loader must go on for ever"))
     except BaseException as error:  # to be raised in the training thread
       self._put(error)
 
-  def _place(self, rows: np.ndarray) -> jax.Array:
-    return jax.make_array_from_process_local_data(self._sharding, np.asarray(rows))
+  def _place(self, batch: dict[str, Any]) -> Batch:
+    placed = {}
+    for key, rows in batch.items():
+      if isinstance(rows, dict):
+        placed[key] = self._place(rows)
+      elif key not in COUNTED and _is_numeric(rows):
+        placed[key] = jax.make_array_from_process_local_data(self._sharding, np.asarray(rows))
+    return placed
 
   def _put(self, item) -> bool:
     while not self._stop.is_set():
@@ -107,6 +123,14 @@ class Prefetch:
       except queue.Full:
         continue
     return False
+
+
+def _count(batch: dict[str, Any], name: str) -> int:
+  return sum(
+    _count(rows, name) if isinstance(rows, dict) else int(np.sum(rows))
+    for key, rows in batch.items()
+    if key == name or isinstance(rows, dict)
+  )
 
 
 class Buckets:

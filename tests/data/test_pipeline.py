@@ -1,3 +1,4 @@
+import collections
 import io
 import itertools
 import json
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip3o_jax.data import pipeline, shapes_corpus
+from blip3o_jax.data import pipeline, shapes_corpus, templates
 from blip3o_jax.data.pipeline import DataConfig, make_loader
+from blip3o_jax.data.sources import open_source
 from blip3o_jax.data.tokenizer import load_tokenizer
 from blip3o_jax.data.vision import ImageProcessor
 from blip3o_jax.errors import UserError
@@ -97,6 +99,8 @@ def test_a_bad_sample_is_replaced_by_the_same_one_everywhere(numbered, tmp_path,
   assert "a.tar: 007" in caplog.text
   changed = [(g, b) for g, b in zip(sum(good, []), sum(bad, []), strict=True) if g != b]
   assert len(changed) == 1 and changed[0][0] == 7 and changed[0][1] != 7
+  loader = make_loader(numbered, batch_size=5, seed=1)
+  assert sum(batch["replaced"].sum() for batch in itertools.islice(loader, 4)) == 1
   again = numbers(make_loader(numbered, batch_size=5, seed=1, start_step=2), 2)
   assert again == bad[2:]
 
@@ -148,6 +152,8 @@ def test_conversations(corpus, tokenizer):
     "patch_image": (64,),
     "patch_window": (64,),
     "grid_thw": (1, 3),
+    "truncated": (),
+    "replaced": (),
   }
   pads = (batch["tokens"] == tokenizer.image_pad).sum(axis=1)
   assert sorted(pads.tolist()) == [0] * 6 + [16] * 6
@@ -170,7 +176,7 @@ def test_too_long_a_conversation_is_cut_and_one_without_answers_is_bad(tmp_path,
   row = {"image": None, "conversations": [{"from": "human", "value": "a " * 50}, {"from": "gpt", "value": "no"}]}
   (tmp_path / "rows.jsonl").write_text(json.dumps(row))
   cfg = DataConfig("conversations", "", max_length=64, max_patches=4)
-  record = pipeline.open_source(tmp_path / "rows.jsonl")[0]
+  record = open_source(tmp_path / "rows.jsonl")[0]
   with pytest.raises(UserError, match="no answer within 64"):
     pipeline.make_builder(cfg, tokenizer, ImageProcessor())(record)
   sample = pipeline.make_builder(
@@ -179,12 +185,146 @@ def test_too_long_a_conversation_is_cut_and_one_without_answers_is_bad(tmp_path,
   assert sample(record)["token_mask"].sum() <= 80
 
 
+@pytest.fixture
+def several(tmp_path):
+  """Three sources of one task: red is the number of the sample, blue that of the source."""
+  sources = {}
+  for blue, (name, n) in enumerate((("long", 24), ("short", 12), ("journeydb", 8))):
+    pictures = [io.BytesIO() for _ in range(n)]
+    for red, file in enumerate(pictures):
+      Image.new("RGB", (8, 8), (red, 0, blue)).save(file, "PNG")
+    write(tmp_path / f"{name}.tar", [(file.getvalue(), "a") for file in pictures])
+    sources[name] = {"path": str(tmp_path / f"{name}.tar")}
+  return {"task": "images", "sources": sources, "image_size": 8}
+
+
+def ids(batch):
+  """Which sample each row is, as (source, number)."""
+  return [(int(blue), int(red)) for red, _, blue in batch["pixels"][:, 0, 0]]
+
+
+def test_a_mixture_holds_its_shares_in_every_batch(several):
+  for name, weight in (("long", 3), ("short", 2), ("journeydb", 1)):
+    several["sources"][name]["weight"] = weight
+  for batch in itertools.islice(make_loader(several, batch_size=12, seed=4), 6):
+    found = [blue for blue, _ in ids(batch)]
+    assert [found.count(blue) for blue in range(3)] == [6, 4, 2]
+
+
+def test_a_mixture_goes_on_after_any_step_on_any_number_of_processes(several):
+  whole = [ids(batch) for batch in itertools.islice(make_loader(several, batch_size=12, seed=4), 9)]
+  for start, count in ((4, 1), (4, 2), (7, 3)):
+    parts = [
+      make_loader(several, batch_size=12, seed=4, start_step=start, process_index=i, process_count=count)
+      for i in range(count)
+    ]
+    rows = [[ids(batch) for batch in itertools.islice(part, 2)] for part in parts]
+    assert [sum(step, []) for step in zip(*rows, strict=True)] == whole[start : start + 2]
+    first = [row for part in rows for row in part[0]]
+    assert len(set(first)) == len(first)  # no two processes have the same sample
+
+
+def test_a_replacement_comes_from_the_same_source(several, tmp_path):
+  write(tmp_path / "short.tar", [(b"no image", "a")] + [(png(i), "a") for i in range(1, 12)])  # blue 0 now
+  batches = list(itertools.islice(make_loader(several, batch_size=44, seed=4), 1))
+  assert batches[0]["replaced"].sum() == 1
+  found = collections.Counter(blue for blue, _ in ids(batches[0]))
+  assert found == {0: 36, 2: 8}
+
+
+def test_groups_are_tasks_side_by_side_with_fixed_rows(several, corpus, tokenizer):
+  draw = {"task": "generation", "path": str(corpus / "pretrain"), "max_length": 44, "rows": 2}
+  see = {"task": "conversations", "path": str(corpus / "understanding/questions.jsonl")}
+  see |= {"max_length": 208, "max_patches": 64}
+  settings = dict(batch_size=6, seed=2, tokenizer=tokenizer, processor=ImageProcessor(patch_size=8), window_size=32)
+  cfg = {"groups": {"generation": draw, "understanding": see}}
+  whole = list(itertools.islice(make_loader(cfg, **settings), 4))
+  assert whole[0]["generation"]["tokens"].shape == (4, 44) and whole[0]["understanding"]["tokens"].shape == (2, 208)
+  halves = [
+    list(itertools.islice(make_loader(cfg, process_index=i, process_count=2, start_step=1, **settings), 3))
+    for i in range(2)
+  ]
+  for name in ("generation", "understanding"):
+    for step in range(3):
+      both = np.concatenate([half[step][name]["tokens"] for half in halves])
+      np.testing.assert_array_equal(both, whole[step + 1][name]["tokens"])
+  # Alone a task sees what it sees here: the others do not disturb it.
+  alone = make_loader({k: v for k, v in draw.items() if k != "rows"}, **(settings | {"batch_size": 4}))
+  np.testing.assert_array_equal(next(alone)["tokens"], whole[0]["generation"]["tokens"])
+  with pytest.raises(UserError, match="over 2 processes in groups of 2 : 1; take 6 or 12"):
+    make_loader(cfg, process_count=2, **(settings | {"batch_size": 8}))
+  with pytest.raises(UserError, match="holds task beside them"):
+    make_loader(cfg | {"task": "images"}, **settings)
+  with pytest.raises(UserError, match=r"data.groups.see config has unknown keys sise"):
+    make_loader({"groups": {"see": see | {"sise": 1}}}, **settings)
+
+
+def test_a_caption_of_ten_thousand_tokens_is_cut_and_counted(tmp_path, tokenizer):
+  write(tmp_path / "a.tar", [(png(0), "a red circle " * 5000), (png(1), "a circle")])
+  cfg = {"task": "generation", "path": str(tmp_path), "image_size": 8, "max_length": 40}
+  batch = next(make_loader(cfg, batch_size=2, seed=0, tokenizer=tokenizer))
+  long, short = np.argsort(batch["pixels"][:, 0, 0, 0])
+  assert batch["truncated"][[long, short]].tolist() == [True, False]
+  whole = templates.generation_prompt(tokenizer, "a red circle " * 5000)
+  assert len(whole) > 10_000
+  assert batch["tokens"][long].tolist() == [*whole[:39], tokenizer.image_start] and batch["token_mask"][long].all()
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [(b"\xff\xfe", "not UTF-8"), (b" \n", "an empty caption"), (b"\x00", None), (b"\xf0\x9f\xa6\x8a", None)],
+)
+def test_captions_that_cannot_be_used_are_replaced(tmp_path, tokenizer, text, message, caplog):
+  with tarfile.open(tmp_path / "a.tar", "w") as tar:
+    for name, content in (("0.png", png(0)), ("0.txt", text), ("1.png", png(1)), ("1.txt", b"a circle")):
+      info = tarfile.TarInfo(name)
+      info.size = len(content)
+      tar.addfile(info, io.BytesIO(content))
+  cfg = {"task": "captions", "path": str(tmp_path), "image_size": 8, "max_length": 40}
+  pipeline._warned = 0
+  batch = next(make_loader(cfg, batch_size=2, seed=0, tokenizer=tokenizer))
+  assert batch["replaced"].sum() == (message is not None)
+  assert message is None or message in caplog.text
+
+
+def test_a_shard_damaged_in_the_middle_of_a_run_is_passed_over_and_counted(several, tmp_path):
+  loader = make_loader(several | {"threads": 1, "prefetch": 1}, batch_size=11, seed=4)
+  assert not next(loader)["replaced"].any()
+  (tmp_path / "journeydb.tar").unlink()  # 8 of 44 samples
+  with open(tmp_path / "short.tar", "r+b") as shard:  # 12 of 44
+    shard.truncate(6000)
+  with pytest.raises(UserError, match="in a row are bad.*journeydb.tar cannot be read"):
+    for _ in range(8):
+      next(loader)
+
+
+def test_a_damaged_shard_of_a_source_gives_the_same_batches_everywhere(numbered, tmp_path):
+  write(tmp_path / "b.tar", [(png(i), "a") for i in range(N, 2 * N)])
+  loader = make_loader(numbered | {"threads": 1, "prefetch": 1}, batch_size=10, seed=4)
+  next(loader)
+  content = bytearray((tmp_path / "b.tar").read_bytes())
+  content[:] = bytes(len(content))
+  (tmp_path / "b.tar").write_bytes(content)
+  later = list(itertools.islice(loader, 2, 8))
+  assert all(batch["pixels"][:, 0, 0, 0].max() < N for batch in later)
+  replaced = sum(int(batch["replaced"].sum()) for batch in later)
+  assert 20 <= replaced <= 40  # half of six batches, give or take what an epoch's end does
+
+
+def test_fewer_samples_than_a_batch_takes(several):
+  with pytest.raises(UserError, match="long has 24 samples, a batch takes 25"):
+    make_loader(several, batch_size=46, seed=0)
+  several["sources"]["journeydb"]["weight"] = 1000
+  with pytest.raises(UserError, match="journeydb has 8 samples, a batch takes 15"):
+    make_loader(several, batch_size=16, seed=0)
+
+
 def test_errors(numbered, tokenizer):
   with pytest.raises(UserError, match="does not divide"):
     make_loader(numbered, batch_size=5, seed=0, process_count=2)
   with pytest.raises(UserError, match="unknown keys sise"):
     make_loader(numbered | {"sise": 3}, batch_size=5, seed=0)
-  with pytest.raises(UserError, match="lacks path"):
+  with pytest.raises(UserError, match="needs a task, and either a path or sources; it has task"):
     make_loader({"task": "images"}, batch_size=5, seed=0)
   with pytest.raises(UserError, match="task 'x' is unknown"):
     make_loader(numbered | {"task": "x"}, batch_size=5, seed=0)

@@ -10,7 +10,7 @@ from shapes_words import held_out_words
 from blip3o_jax.data import shapes, shapes_questions
 from blip3o_jax.data.shapes import Scene, Thing
 from blip3o_jax.data.shapes_corpus import make_shapes
-from blip3o_jax.data.sources import TarSource
+from blip3o_jax.data.sources import open_source
 from blip3o_jax.data.transforms import decode
 from blip3o_jax.errors import UserError
 from blip3o_jax.evaluation.shapes_judge import judge
@@ -33,7 +33,7 @@ def texts(row):
 
 def test_every_set_has_its_size(corpus):
   for name in ("contrastive", "pretrain", "instruct"):
-    assert len(TarSource(corpus / name)) == SIZES[name]
+    assert len(open_source(corpus / name)) == SIZES[name]
   assert [p.name for p in sorted((corpus / "pretrain").glob("*.tar"))] == ["000000.tar", "000001.tar"]
   assert len(rows(corpus, "questions.jsonl")) == 60
   assert len(rows(corpus, "heldout.jsonl")) == len(rows(corpus, "heldout_combinations.jsonl")) == 10
@@ -41,7 +41,7 @@ def test_every_set_has_its_size(corpus):
 
 def test_no_stage_shows_or_says_a_held_out_combination(corpus):
   for name in ("contrastive", "pretrain", "instruct"):
-    for sample in TarSource(corpus / name):
+    for sample in open_source(corpus / name):
       assert not held_out_words(sample["text"]), sample["text"]
       assert not shapes.is_held_out(judge(np.asarray(decode(sample["image"]))))
   for name in ("questions.jsonl", "heldout.jsonl"):
@@ -72,7 +72,7 @@ def test_heldout_questions_use_their_own_pictures(corpus):
 
 def test_instruct_is_balanced(corpus):
   starts = collections.Counter()
-  for sample in TarSource(corpus / "instruct"):
+  for sample in open_source(corpus / "instruct"):
     text = sample["text"].split(" on a ")[0]
     words = set(text.split())
     starts[

@@ -1,90 +1,31 @@
 import io
 import json
 import pickle
-import tarfile
+import subprocess
+import sys
 
-import grain
+import msgpack
+import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
 
-from blip3o_jax.data.sources import JsonlSource, TarSource
+from blip3o_jax.data.sources import SourceConfig, open_source
 from blip3o_jax.errors import UserError
 
 
-def write_tar(path, members, mode="w"):
-  with tarfile.open(path, mode) as tar:
-    for name, content in members:
-      info = tarfile.TarInfo(name)
-      info.size = len(content)
-      tar.addfile(info, io.BytesIO(content))
+def png(value):
+  buffer = io.BytesIO()
+  Image.new("RGB", (8, 8), (value, 0, 0)).save(buffer, "PNG")
+  return buffer.getvalue()
+
+
+def write_records(path, records):
+  writer = ArrayRecordWriter(str(path), "group_size:1")
+  for record in records:
+    writer.write(record)
+  writer.close()
   return path
-
-
-def pair(key, text=b"a circle"):
-  return [(f"{key}.jpg", key.encode() * 3), (f"{key}.txt", text)]
-
-
-def test_reads_samples_of_all_shards_in_order(tmp_path):
-  write_tar(tmp_path / "b.tar", pair("dir/x.y") + pair("k3", "déjà vu ".encode()))
-  write_tar(
-    tmp_path / "a.tar", [("k1.txt", b"one"), ("k1.jpg", b"I"), ("k1.json", b"{}"), ("k2.PNG", b"J"), ("k2.txt", b"two")]
-  )
-  source = TarSource(tmp_path)
-  assert isinstance(source, grain.sources.RandomAccessDataSource) and len(source) == 4
-  assert [source[i]["text"] for i in range(4)] == ["one", "two", "a circle", "déjà vu"]
-  assert [source[i]["image"] for i in range(2)] == [b"I", b"J"]
-  assert source[3]["name"].endswith("b.tar: k3")
-
-
-def test_long_names(tmp_path):
-  write_tar(tmp_path / "a.tar", pair("f" * 150))
-  assert TarSource(tmp_path / "a.tar")[0]["text"] == "a circle"
-
-
-def test_pickles_without_open_files(tmp_path):
-  source = TarSource(write_tar(tmp_path / "a.tar", pair("k")))
-  assert source[0]["text"] == pickle.loads(pickle.dumps(source))[0]["text"]
-
-
-def test_index_is_cached_and_follows_the_shard(tmp_path, monkeypatch):
-  path = write_tar(tmp_path / "a.tar", pair("k"))
-  TarSource(path)
-  with monkeypatch.context() as patch:
-    patch.setattr(tarfile, "open", lambda *a, **k: 1 / 0)
-    assert len(TarSource(path)) == 1
-  write_tar(path, pair("k") + pair("l"))
-  assert len(TarSource(path)) == 2
-  (tmp_path / ".index" / "a.tar.npz").write_bytes(b"damaged")
-  assert len(TarSource(path)) == 2
-
-
-@pytest.mark.parametrize("cut", [700, 1800, 2600])
-def test_truncated_tar(tmp_path, cut):
-  path = write_tar(tmp_path / "cut.tar", [("k.jpg", b"i" * 900), ("k.txt", b"c" * 600)])
-  path.write_bytes(path.read_bytes()[:cut])
-  with pytest.raises(UserError, match=r"cut\.tar is truncated"):
-    TarSource(path)
-
-
-def test_structure_errors_name_shard_and_member(tmp_path):
-  with pytest.raises(UserError, match=r"one\.tar: k2 has no caption"):
-    TarSource(write_tar(tmp_path / "one.tar", pair("k1") + [("k2.jpg", b"i")]))
-  with pytest.raises(UserError, match=r"two\.tar: k2 has no image"):
-    TarSource(write_tar(tmp_path / "two.tar", pair("k1") + [("k2.txt", b"i")]))
-  with pytest.raises(UserError, match=r"twice.*|k1.*twice"):
-    TarSource(write_tar(tmp_path / "three.tar", pair("k1") + pair("k1")))
-  with pytest.raises(UserError, match="compressed"):
-    TarSource(write_tar(tmp_path / "four.tar", pair("k1"), "w:gz"))
-  with pytest.raises(UserError, match="no samples"):
-    TarSource(write_tar(tmp_path / "five.tar", []))
-  with pytest.raises(UserError, match="no tar shards"):
-    TarSource(tmp_path / "nowhere")
-
-
-def test_caption_that_is_not_utf8_fails_when_read(tmp_path):
-  source = TarSource(write_tar(tmp_path / "a.tar", pair("good") + pair("bad", b"\xff\xfe\xff")))
-  assert source[0]["text"] == "a circle"
-  with pytest.raises(UserError, match=r"a\.tar: bad\.txt is not UTF-8"):
-    source[1]
 
 
 def test_jsonl(tmp_path):
@@ -95,14 +36,129 @@ def test_jsonl(tmp_path):
     json.dumps({"image": None}),
     "{",
     "3",
+    json.dumps({"image": "pictures/1.jpg"}),
+    json.dumps({"image": 7}),
   ]
-  lines += [json.dumps({"image": "pictures/1.jpg"})]
-  (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
-  source = JsonlSource(tmp_path / "rows.jsonl")
-  assert len(source) == 5
-  assert source[0]["image"] == b"IMAGE" and source[0]["caption"] == "ü" and source[1]["image"] is None
-  for i, message in ((2, "line 3 is not JSON"), (3, "line 4 is not a JSON object"), (4, "pictures/1.jpg")):
+  (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+  source = pickle.loads(pickle.dumps(open_source(tmp_path / "rows.jsonl")))
+  assert len(source) == 6
+  assert source[0]["image"] == b"IMAGE" and source[0]["text"] == "ü" and source[1]["image"] is None
+  for i, message in (
+    (2, "line 3 is not JSON"),
+    (3, "line 4 is not a JSON object"),
+    (4, "pictures/1.jpg"),
+    (5, "line 6: its picture is 7, not a path"),
+  ):
     with pytest.raises(UserError, match=message):
       source[i]
-  with pytest.raises(UserError, match="no such file"):
-    JsonlSource(tmp_path / "none.jsonl")
+  with pytest.raises(UserError, match="nothing at .*none.jsonl"):
+    open_source(tmp_path / "none.jsonl")
+  (tmp_path / "empty.jsonl").write_text("\n")
+  with pytest.raises(UserError, match="empty.jsonl has no rows"):
+    open_source(tmp_path / "empty.jsonl")
+
+
+def test_fields_and_folder_of_a_jsonl_as_journeydb_has_them(tmp_path):
+  """train_caption_only.jsonl with caption and img_path, pictures under imgs (spec 11.2); here in two files."""
+  (tmp_path / "imgs").mkdir()
+  for i in range(3):
+    (tmp_path / "imgs" / f"{i}.jpg").write_bytes(b"%d" % i)
+  rows = [json.dumps({"caption": f"caption {i}", "img_path": f"./{i}.jpg"}) + "\n" for i in range(3)]
+  (tmp_path / "a.jsonl").write_text(rows[0])
+  (tmp_path / "b.jsonl").write_text(rows[1] + rows[2])
+  cfg = SourceConfig(str(tmp_path / "{a,b}.jsonl"), image="img_path", text="caption", root=str(tmp_path / "imgs"))
+  source = open_source(cfg)
+  assert [source[i]["image"] for i in range(3)] == [b"0", b"1", b"2"]
+  assert [source[i]["text"] for i in range(3)] == [f"caption {i}" for i in range(3)]
+  assert source[2]["name"].endswith("b.jsonl: line 2")
+  with pytest.raises(UserError, match="line 1 has no field 'words'; there are caption, img_path"):
+    open_source(SourceConfig(str(tmp_path / "a.jsonl"), text="words"))[0]
+
+
+def test_array_record(tmp_path):
+  rows = [{"image": png(i), "text": f"caption {i}"} for i in range(5)]
+  write_records(tmp_path / "x.array_record-00000-of-00002", [msgpack.packb(row) for row in rows[:3]])
+  write_records(tmp_path / "x.array_record-00001-of-00002", [msgpack.packb(rows[3]), b"\xc1", msgpack.packb([1])])
+  source = pickle.loads(pickle.dumps(open_source(tmp_path)))
+  assert len(source) == 6 and [source[i]["text"] for i in range(4)] == [row["text"] for row in rows[:4]]
+  assert source[3]["image"] == rows[3]["image"]
+  with pytest.raises(UserError, match="record 4 is not msgpack"):
+    source[4]
+  with pytest.raises(UserError, match="record 5 is not a msgpack map"):
+    source[5]
+
+
+def test_array_record_that_is_none_or_is_damaged(tmp_path):
+  (tmp_path / "a.array_record").write_bytes(b"not at all" * 1000)
+  with pytest.raises(UserError, match="a.array_record"):
+    open_source(tmp_path / "a.array_record")[0]
+  path = write_records(tmp_path / "b.array_record", [np.random.default_rng(i).bytes(100_000) for i in range(4)])
+  source = open_source(path)
+  content = bytearray(path.read_bytes())
+  content[150_000:250_000] = bytes(100_000)
+  path.write_bytes(content)
+  with pytest.raises(UserError, match="record 1"):
+    source[1]
+
+
+TFDS = """
+import io, sys
+import tensorflow_datasets as tfds
+from PIL import Image
+
+class Tiny(tfds.core.GeneratorBasedBuilder):
+  VERSION = tfds.core.Version("1.0.0")
+  def _info(self):
+    features = {"picture": tfds.features.Image(shape=(None, None, 3)), "words": tfds.features.Text()}
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+  def _split_generators(self, _):
+    return {"train": self._generate_examples(3), "test": self._generate_examples(2)}
+  def _generate_examples(self, n):
+    for i in range(n):
+      file = io.BytesIO()
+      Image.new("RGB", (8, 8), (i, 0, 0)).save(file, "PNG")
+      file.seek(0)
+      yield i, {"picture": file, "words": f"caption {i}, é"}
+
+Tiny(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
+"""
+
+
+def test_tfds(tmp_path):
+  (tmp_path / "code").mkdir()
+  (tmp_path / "code/tiny.py").write_text(TFDS)
+  subprocess.run([sys.executable, tmp_path / "code/tiny.py", tmp_path / "data"], check=True, capture_output=True)
+  folder = str(tmp_path / "data/tiny/1.0.0")
+  source = pickle.loads(pickle.dumps(open_source(SourceConfig(folder, image="picture", text="words"))))
+  found = {source[i]["text"]: source[i]["image"] for i in range(3)}
+  assert len(source) == 3 and found == {f"caption {i}, é": png(i) for i in range(3)}
+  assert "tensorflow" not in sys.modules
+  assert len(open_source(SourceConfig(folder, image="picture", text="words", split="test"))) == 2
+  with pytest.raises(UserError, match="no feature 'image'; there are .*words"):
+    open_source(folder)
+  with pytest.raises(UserError, match="split 'dev'"):
+    open_source(SourceConfig(folder, image="picture", split="dev"))
+  with pytest.raises(UserError, match="no_such_set"):
+    open_source("tfds:no_such_set")
+
+
+def test_what_a_path_means(tmp_path):
+  with pytest.raises(UserError, match="nothing at .*/none"):
+    open_source(tmp_path / "none")
+  with pytest.raises(UserError, match="the folder holds neither .tar"):
+    open_source(tmp_path)
+  (tmp_path / "a.jsonl").write_text("{}")
+  (tmp_path / "b.txt").write_text("")
+  with pytest.raises(UserError, match="b.txt is no data that is known here"):
+    open_source(tmp_path / "b.txt")
+  assert len(open_source(tmp_path)) == 1
+  (tmp_path / "c.tar").write_bytes(b"")
+  with pytest.raises(UserError, match="several kinds .jsonl, tar"):
+    open_source(tmp_path)
+  with pytest.raises(UserError, match="nothing at .*/2.jsonl"):
+    open_source(SourceConfig((str(tmp_path / "a.jsonl"), str(tmp_path / "{2,3}.jsonl"))))
+
+
+def test_a_bucket_without_the_package_for_it_says_what_to_install():
+  with pytest.raises(UserError, match="gcsfs"):
+    open_source("gs://no-such-bucket/shards/*.tar")

@@ -46,12 +46,6 @@ def test_training_form_and_paper_wording(tokenizer):
     templates.generation_prompt(tokenizer, "a", form="other")
 
 
-def test_truncation_cuts_the_tail_and_keeps_the_image_start(tokenizer):
-  whole = templates.generation_prompt(tokenizer, "fox " * 50)
-  cut = templates.generation_prompt(tokenizer, "fox " * 50, max_length=40)
-  assert len(cut) == 40 and cut[:-1] == whole[:39] and cut[-1] == tokenizer.image_start
-
-
 def test_reconstruction_prompt(tokenizer):
   tokens = templates.generation_prompt(tokenizer, templates.RECONSTRUCT, wording=None, image_tokens=[3])
   pads = "<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>"

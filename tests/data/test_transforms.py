@@ -1,3 +1,7 @@
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -38,7 +42,73 @@ def test_normalize():
   np.testing.assert_allclose(out[0, 0], want, rtol=1e-5)
 
 
+def encoded(image, kind="PNG", **options):
+  buffer = io.BytesIO()
+  image.save(buffer, kind, **options)
+  return buffer.getvalue()
+
+
+def palette_with_a_transparent_colour():
+  image = Image.new("P", (4, 4), 1)
+  image.putpalette([0, 0, 0, 200, 100, 50])
+  return encoded(image, transparency=1)
+
+
+@pytest.mark.parametrize(
+  "content, want",
+  [
+    (encoded(Image.new("L", (4, 4), 7)), (7, 7, 7)),
+    (encoded(Image.new("LA", (4, 4), (7, 0))), (7, 7, 7)),
+    (encoded(Image.new("RGBA", (4, 4), (10, 20, 30, 0))), (10, 20, 30)),
+    (encoded(Image.new("1", (4, 4), 1)), (255, 255, 255)),
+    (palette_with_a_transparent_colour(), (200, 100, 50)),
+    (encoded(Image.fromarray(np.full((4, 4), 300, np.uint16))), (255, 255, 255)),
+    (encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF"), (255, 0, 0)),
+  ],
+  ids=["gray", "gray-alpha", "alpha", "bits", "palette", "16-bit", "cmyk"],
+)
+def test_every_mode_becomes_rgb_as_pil_does_it(content, want):
+  image = transforms.decode(content)
+  assert image.mode == "RGB" and image.getpixel((2, 2)) == want
+
+
+def test_a_cmyk_jpeg():
+  image = transforms.decode(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95))
+  assert image.mode == "RGB" and np.abs(np.array(image.getpixel((8, 8))) - (255, 0, 0)).max() < 12
+
+
+def test_pictures_are_turned_upright():
+  exif = Image.Exif()
+  exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+  image = transforms.decode(encoded(gradient(40, 20), "JPEG", exif=exif))
+  column = np.asarray(image)[:, 10, 0].astype(int)
+  assert image.size == (20, 40) and column[0] < 20 and column[-1] > 235
+
+
+def test_decompression_bombs_are_refused_by_their_headers():
+  def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+  def bomb(side):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+  message = "b.png: more than 89 million pixels"
+  with pytest.warns(Image.DecompressionBombWarning), pytest.raises(UserError, match=message):
+    transforms.decode(bomb(10_000), "b.png")
+  with pytest.raises(UserError, match=message):
+    transforms.decode(bomb(60_000), "b.png")
+
+
+def test_a_picture_cut_off_is_none():
+  content = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), "JPEG")
+  with pytest.raises(UserError, match="cut.jpg: not a readable image .image file is truncated"):
+    transforms.decode(content[: len(content) // 2], "cut.jpg")
+
+
 def test_errors():
+  with pytest.raises(UserError, match="3000 x 10 is too long and thin"):
+    transforms.square(gradient(3000, 10), 8)
   with pytest.raises(UserError, match="x.jpg: not an image"):
     transforms.decode(b"no picture", "x.jpg")
   with pytest.raises(UserError, match="resize mode"):

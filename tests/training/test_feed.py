@@ -1,5 +1,7 @@
-"""What the loader is told about pictures, for each kind of backbone."""
+"""What the loader is told about pictures, for each kind of backbone; what reaches the devices and what is counted."""
 
+import jax
+import numpy as np
 import pytest
 import tiny
 
@@ -12,7 +14,7 @@ def asked_for(monkeypatch, task, backbone):
   """The arguments of the loader."""
   config = default_config()
   config.init_from, config.tokenizer = "", ""
-  config.data.task = task
+  config.data.task, config.data.path = task, "shards"
   monkeypatch.setattr(feed.pipeline, "make_loader", lambda data, **arguments: arguments)
   return feed.open_loader(config, tiny.config(**tiny.BACKBONES[backbone]), 0)
 
@@ -28,3 +30,17 @@ def test_other_backbones_learn_to_draw_but_not_from_conversations(monkeypatch, b
   assert "processor" not in asked_for(monkeypatch, "generation", backbone)
   with pytest.raises(UserError, match="Qwen2.5-VL's tower alone"):
     asked_for(monkeypatch, "conversations", backbone)
+
+
+def test_groups_stay_groups_and_what_only_counts_is_counted():
+  def batches():
+    flags = {"replaced": np.array([True, False]), "truncated": np.array([True, True]), "names": ["a", "b"]}
+    yield {"draw": {"pixels": np.zeros((2, 4), np.uint8)} | flags, "see": {"tokens": np.ones((2, 3), np.int32)} | flags}
+    yield {"pixels": np.zeros((2, 4), np.uint8), "replaced": np.array([False, True])}
+
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  with feed.Prefetch(batches(), sharding) as prefetch:
+    batch = next(prefetch)
+    assert jax.tree.map(lambda x: x.shape, batch) == {"draw": {"pixels": (2, 4)}, "see": {"tokens": (2, 3)}}
+    assert prefetch.counts == {"replaced": 2, "truncated": 4}
+    assert set(next(prefetch)) == {"pixels"} and prefetch.counts == {"replaced": 3, "truncated": 4}

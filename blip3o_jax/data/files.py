@@ -1,0 +1,136 @@
+"""Files that data lie in, on a disk or in a bucket: what a path means, and reading a piece of one.
+
+A path with a scheme (`gs://`, `s3://`) is listed through etils.epath and read in ranges through fsspec: a file handle
+of either reads some megabytes ahead, which random access would pay for and throw away. Google's buckets need `gcsfs`.
+"""
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import fsspec
+from etils import epath
+
+from blip3o_jax.errors import UserError
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def is_remote(path: str) -> bool:
+  """Whether a path names something in a bucket."""
+  return "://" in path
+
+
+def expand(path) -> list[str]:
+  """Every file or folder that a path or a list of paths means, in sorted order, none twice.
+
+  Args:
+    path: may hold `*`, `?`, `[...]`, and braces: `{a,b}`, and `{000..123}` with as many digits as written.
+
+  Raises:
+    UserError: a part of it that is not there.
+  """
+  found: set[str] = set()
+  for one in [path] if isinstance(path, str | os.PathLike) else path:
+    for plain in _braces(os.fspath(one)):
+      matches = _glob(plain)
+      if not matches:
+        raise UserError(f"nothing at {plain}; give a file, a folder, or a pattern such as shards/{{000..099}}.tar")
+      found.update(matches)
+  return sorted(found)
+
+
+def _braces(path: str) -> Iterator[str]:
+  match = _BRACES.search(path)
+  if not match:
+    yield path
+    return
+  before, inner, after = path[: match.start()], match[1], path[match.end() :]
+  span = _RANGE.fullmatch(inner)
+  if span:
+    first, last = (int(end) for end in span.groups())
+    choices = [f"{i:0{len(span[1])}d}" for i in range(first, last + 1)]
+  else:
+    choices = inner.split(",")
+  for choice in choices:
+    yield from _braces(before + choice + after)
+
+
+def _glob(path: str) -> list[str]:
+  if not is_remote(path):
+    return glob.glob(path) if glob.has_magic(path) else [path] * os.path.exists(path)
+  with reading(path):
+    if glob.has_magic(path):
+      folder, _, pattern = path.rpartition("/")
+      return [os.fspath(match) for match in epath.Path(folder).glob(pattern)]
+    return [path] * epath.Path(path).exists()
+
+
+def listing(folder: str) -> list[str]:
+  """Names of what lies in a folder, sorted; hidden ones left out."""
+  with reading(folder):
+    return sorted(child.name for child in epath.Path(folder).iterdir() if not child.name.startswith("."))
+
+
+def is_folder(path: str) -> bool:
+  """Whether there is a folder at a path."""
+  with reading(path):
+    return epath.Path(path).is_dir()
+
+
+def stream(path: str) -> BinaryIO:
+  """A file open for reading from its start to its end, in bytes."""
+  return fsspec.open(path, "rb", cache_type="readahead").open() if is_remote(path) else open(path, "rb")
+
+
+def stamp(path: str) -> tuple[int, int]:
+  """(bytes, time of the last change): a file that has the same two is taken for the same file."""
+  with reading(path):
+    if is_remote(path):
+      stat = epath.Path(path).stat()
+      return stat.length, stat.mtime
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def read(path: str, offset: int = 0, size: int | None = None) -> bytes:
+  """`size` bytes from `offset` (all that follow). Opens and closes: thousands of shards must not mean as many handles.
+
+  Raises:
+    UserError: the file is not there, cannot be read, or is shorter than that.
+  """
+  with reading(path):
+    if is_remote(path):
+      content = fsspec.filesystem(path.partition("://")[0]).cat_file(
+        path, offset, None if size is None else offset + size
+      )
+    else:
+      handle = os.open(path, os.O_RDONLY)
+      try:
+        size = os.fstat(handle).st_size - offset if size is None else size
+        content = os.pread(handle, size, offset)
+      finally:
+        os.close(handle)
+  if size is not None and len(content) < size:
+    raise UserError(f"{path} ends before byte {offset + size}; it has been cut, or written anew since it was opened")
+  return content
+
+
+class reading:
+  """Context in which what a file system or a bucket raises becomes a UserError naming the path."""
+
+  def __init__(self, path: str):
+    self._path = path
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, trace):
+    if isinstance(error, ImportError):
+      extra = "gcsfs" if self._path.startswith("gs://") else "the fsspec package of this scheme"
+      raise UserError(f"{self._path}: reading it needs {extra}; pip install it ({error})") from error
+    if isinstance(error, OSError | ValueError | RuntimeError) and not isinstance(error, UserError):
+      raise UserError(f"{self._path} cannot be read: {' '.join(str(error).split())[:200]}") from error
