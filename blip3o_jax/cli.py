@@ -105,6 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
   train = command("train", _train, "train one stage, or go on with it; --config.FIELD=VALUE changes a field")
   train.add_argument("--config", required=True, type=Path, metavar="FILE", help="an experiment, configs/X.py")
   train.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="of this run alone")
+  train.add_argument("--profile", type=_positive, metavar="STEPS", help="trace that many steps into WORKDIR/profile")
 
   generate = command("generate", _generate, "draw pictures for prompts")
   model(generate)
@@ -218,7 +219,8 @@ def _quickstart(args):
 def _train(args):
   from blip3o_jax.training.config import load_config
 
-  config = load_config(args.config, args.overrides)  # a slip answers before jax starts
+  profile = [f"--config.profile={args.profile}"] if args.profile else []
+  config = load_config(args.config, [*args.overrides, *profile])  # a slip answers before jax starts
   from blip3o_jax.training.trainer import train
 
   words = ["blip3o", "train", "--config", args.config.as_posix(), "--workdir", args.workdir.as_posix(), *args.overrides]

@@ -49,7 +49,9 @@ def loss(params, batch, rng, *, model, cfg):
   total = jnp.sum(error * batch["weight"])
   if cfg.get("poison"):
     total = total * jnp.where(jnp.any(batch["index"] == batch["poison"]), jnp.inf, 1.0)
-  return total, jnp.sum(batch["weight"]), {"abs": jnp.sum(jnp.sqrt(error) * batch["weight"])}
+  metrics = {"abs": jnp.sum(jnp.sqrt(error) * batch["weight"])}
+  # Which samples these are: integers whose sum float32 holds exactly, whatever the order.
+  return total, jnp.sum(batch["weight"]), metrics | {"ids": jnp.sum(batch["id"].astype(jnp.float32))}
 
 
 def make_loader(data, *, batch_size, seed, start_step, process_index=0, process_count=1):
@@ -61,6 +63,7 @@ def make_loader(data, *, batch_size, seed, start_step, process_index=0, process_
     index = step * batch_size + process_index * rows + np.arange(rows)
     x = np.stack([np.random.default_rng((seed, i)).normal(size=8) for i in index]).astype(np.float32)
     batch = {"x": x, "y": np.tanh(x @ true), "weight": (index % 3 + 1).astype(np.float32), "caption": ["a"] * rows}
+    batch["id"] = (index * 40503 % 65536).astype(np.int32)
     if "poison" in data:
       poison = data["poison"]
       batch["index"] = np.full(rows, step, np.int32)

@@ -1,56 +1,77 @@
 """Checkpoints of one run under one directory (Orbax): asynchronous, atomic, pruned."""
 
-from collections.abc import Mapping
+import errno
+import itertools
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from blip3o_jax.errors import UserError
 
-# What TensorStore and the system say when a disk does not take any more.
-_NO_WRITE = ("no space left", "quota exceeded", "resource_exhausted", "file too large", "read-only file system")
+_managers = itertools.count()  # barriers of one process group must not share names
 
 
 class Store:
   """Saves trees of arrays with a small JSON record, by step. A step is there completely or not at all.
 
-  Saving returns once the arrays are copied off the device; writing goes on behind the next steps. A failed write shows
-  at the next call. Use as a context manager: leaving it waits for what is being written.
+  Saving returns once the arrays are copied off the device; writing goes on behind the next steps. A save that fails (no
+  space, no such place any more) does not raise: it is told through `tell`, and the next save tries anew. With several
+  processes all methods are called by all, and none waits longer than `timeout_s` for another to write. Use as a context
+  manager: leaving it waits for what is being written.
   """
 
-  def __init__(self, directory: Path | str, *, keep: int = 1):
+  def __init__(
+    self, directory: Path | str, *, keep: int = 1, timeout_s: int = 600, tell: Callable[[str], None] = print
+  ):
+    """Raises UserError if the directory cannot be made or written."""
     self.directory = Path(directory).absolute()
-    checkpointing = ocp.checkpoint_managers
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=checkpointing.LatestN(keep),
-      # The caller decides when to save, with one exception: Orbax's own policy that answers a pre-emption notice.
-      save_decision_policy=checkpointing.AnySavePolicy(
-        [checkpointing.FixedIntervalPolicy(1), checkpointing.PreemptionCheckpointingPolicy()]
-      ),
-      cleanup_tmp_directories=True,  # what a killed process left half written
-    )
-    with _explained(self.directory):
-      self.directory.mkdir(parents=True, exist_ok=True)
-      handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
-      self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+    self._keep, self._timeout, self._tell = keep, timeout_s, tell
+    self._manager: ocp.CheckpointManager | None = None
+    self._pending: int | None = None
+    self._failure: str | None = None
+    if why := self._open():
+      raise UserError(f"cannot write checkpoints to {self.directory}: {why}")
 
   def latest(self) -> int | None:
     """The newest complete step."""
-    return self._manager.latest_step()
+    return max(self._steps(), default=None)
 
-  def save(self, step: int, state: Any, record: Mapping[str, Any]) -> None:
+  def save(self, step: int, state: Any, record: Mapping[str, Any], *, insist: bool = False) -> None:
     """Start saving `state` (a pytree of jax.Arrays) and `record` (JSON) as `step`; no-op if it is there already.
 
+    Args:
+      insist: wait until it is on disk.
+
     Raises:
-      UserError: no space, or the directory cannot be written.
+      UserError: it was to be on disk and is not.
     """
-    if step == self.latest():
+    self.settle()
+    if step in self._steps():
       return
-    items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record)))
-    with _explained(self.directory):
-      self._manager.save(step, args=items, force=True)
+    why = self._start(step, state, record)
+    if insist and why is None:
+      why = self._outcome()
+    if why and insist:
+      raise UserError(
+        f"step {step} could not be saved in {self.directory} ({why}); {self._standing()}; mend that and run the same "
+        "command again"
+      )
+    if why:
+      self._tell(f"step {step} was not saved ({why}); {self._standing()}")
+
+  def settle(self, *, wait: bool = True) -> None:
+    """See how the save ended that is under way, and tell if it failed; `wait=False`: only if that can be known now."""
+    # With several processes all have to agree, which they do where all of them wait.
+    if wait or (jax.process_count() == 1 and self._pending and not self._manager.is_saving_in_progress()):
+      step = self._pending
+      if why := self._outcome():
+        self._tell(f"step {step} was not saved ({why}); {self._standing()}")
 
   def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
     """(state, record) of `step`; `abstract` is a tree of ShapeDtypeStructs whose shardings say where each leaf goes.
@@ -68,27 +89,127 @@ class Store:
       items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
       restored = self._manager.restore(step, args=items)
     except (ValueError, KeyError, TypeError, OSError) as error:
-      first = (str(error).strip().splitlines() or [type(error).__name__])[0]
       raise UserError(
-        f"{self.directory / str(step)} does not fit or is damaged ({first[:200]}); delete it to go on from before it"
+        f"{self.directory / str(step)} does not fit or is damaged ({_words(error)}); delete it to go on from before it"
       ) from error
     return restored["state"], restored["record"]
 
   def reached_preemption(self, step: int) -> bool:
     """Whether the scheduler of a multi-process job has asked to stop, agreed by all processes at the same step."""
-    return self._manager.reached_preemption(step)
-
-  def wait(self) -> None:
-    """Until everything is on disk. Raises UserError as `save` does."""
-    with _explained(self.directory):
-      self._manager.wait_until_finished()
+    return self._manager is not None and self._manager.reached_preemption(step)
 
   def __enter__(self) -> "Store":
     return self
 
   def __exit__(self, *error) -> None:
-    with _explained(self.directory):
+    if error[0] is None:
+      self.settle()  # else another error is on its way, and other processes may not come
+    self._close()
+
+  # ---- inside
+
+  def _steps(self) -> list[int]:
+    """What is complete on disk: a manager's own list counts what it hopes to have written."""
+    try:
+      if self._manager is None:
+        return []
+      self._manager.reload()
+      return list(self._manager.all_steps())
+    except OSError:  # the directory is out of reach
+      return []
+
+  def _agreed(self, why: str | None) -> str | None:
+    """`why`, or that of the first process that has one: all of them go on together or not at all."""
+    if jax.process_count() == 1:
+      return why
+    failed = multihost_utils.process_allgather(np.asarray(why is not None))
+    return why or (f"process {int(failed.argmax())} could not write its part" if failed.any() else None)
+
+  def _start(self, step: int, state: Any, record: Mapping[str, Any]) -> str | None:
+    """Begin to save; or why not."""
+    if why := self._open() if self._manager is None else self._agreed(self._unwritable()):
+      return why
+    self._pending = step
+    items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record)))
+    try:
+      self._manager.save(step, args=items, force=True)
+    except Exception as error:  # disks and buckets fail in more ways than have names
+      self._failure = _words(error)
+    # The other processes of a job learn of it when all settle.
+    return self._outcome() if self._failure and jax.process_count() == 1 else None
+
+  def _outcome(self) -> str | None:
+    """Wait for the save that is under way; None if it is on disk, or why not (what it left half done is removed)."""
+    if self._pending is None:
+      return None
+    step, why = self._pending, self._failure
+    self._pending = self._failure = None
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:  # as in `_start`
+      why = why or _words(error)
+    if why is None and step not in self._steps():
+      why = "it was not completed"
+    if why := self._agreed(why):
+      self._close()
+      self._open()
+    return why
+
+  def _standing(self) -> str:
+    last = self.latest()
+    return "nothing is saved yet" if last is None else f"the last saved step is {last}"
+
+  def _open(self) -> str | None:
+    """A manager that starts from what is on disk; or why there is none."""
+    if why := self._agreed(self._unwritable()):
+      return why
+    checkpointing = ocp.checkpoint_managers
+    several = jax.process_count() > 1
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=checkpointing.LatestN(self._keep),
+      # The caller decides when to save, with one exception: Orbax's own policy that answers a pre-emption notice.
+      save_decision_policy=checkpointing.AnySavePolicy(
+        [checkpointing.FixedIntervalPolicy(1), checkpointing.PreemptionCheckpointingPolicy()]
+      ),
+      cleanup_tmp_directories=True,  # what a killed or failed save left half written
+      create=False,
+      async_options=ocp.AsyncOptions(timeout_secs=self._timeout),
+      # Naming the processes makes Orbax take barriers that end; its others are collectives, which wait for ever.
+      multiprocessing_options=ocp.options.MultiprocessingOptions(
+        active_processes=set(range(jax.process_count())) if several else None,
+        barrier_sync_key_prefix=f"store{next(_managers)}" if several else None,
+      ),
+    )
+    handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
+    try:
+      self._manager, why = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers), None
+    except OSError as error:
+      why = _words(error)
+    if why := self._agreed(why):
+      self._manager = None
+    return why
+
+  def _unwritable(self) -> str | None:
+    """Why a small file cannot be written, tried by every process before all of them start on a save together."""
+    probe = self.directory / f".probe.{os.getpid()}.{jax.process_index()}"
+    try:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      try:
+        probe.write_bytes(bytes(4096))
+      finally:
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+      return _words(error)
+    return None
+
+  def _close(self) -> None:
+    if self._manager is None:
+      return
+    try:
       self._manager.close()
+    except Exception:  # a failed save raises once more; it has been told, or another error is on its way
+      pass
+    self._manager = None
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -97,24 +218,13 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   return {names(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-class _explained:
-  """Disk trouble becomes one line for the user."""
-
-  def __init__(self, directory: Path):
-    self._directory = directory
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, trace):
-    if error is None or isinstance(error, UserError):
-      return
-    if isinstance(error, PermissionError | FileExistsError | NotADirectoryError):
-      raise UserError(f"cannot write checkpoints to {self._directory}: {error}") from error
-    chain = error
-    while chain is not None:  # an asynchronous write's own error is the cause of the one that arrives
-      if why := [text for text in _NO_WRITE if text in str(chain).lower()]:
-        raise UserError(
-          f"cannot write a checkpoint to {self._directory} ({why[0]}); free space and run again"
-        ) from error
-      chain = chain.__cause__ or chain.__context__
+def _words(error: BaseException) -> str:
+  """What went wrong in a few words: the system's own if they are anywhere in the chain of errors, or the first line."""
+  chain, cause = [], error
+  while cause is not None:  # an asynchronous write's own error is the cause of the one that arrives
+    chain.append(str(cause))
+    cause = cause.__cause__ or cause.__context__
+  for text in map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)):
+    if any(text.lower() in words.lower() for words in chain):
+      return text
+  return (chain[0].strip().splitlines() or [type(error).__name__])[0][:200]

@@ -7,12 +7,14 @@ costs is `training_flops`.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from blip3o_jax.models.autoencoder_kl import AutoencoderKLConfig
+from blip3o_jax.models.blip3o import BackboneConfig
 from blip3o_jax.models.eva_clip import EvaClipConfig
 from blip3o_jax.models.next_dit import TIME_FEATURES, NextDiTConfig
-from blip3o_jax.models.qwen2_5_vl import VisionConfig
+from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig, VisionConfig
+from blip3o_jax.models.qwen3_siglip import Qwen3SiglipConfig
 from blip3o_jax.models.siglip import SiglipConfig
 from blip3o_jax.models.text_decoder import TextDecoderConfig
 from blip3o_jax.models.text_tower import TextTowerConfig
@@ -63,6 +65,22 @@ def text_decoder(cfg: TextDecoderConfig, length: int, cached: int = 0) -> float:
 def text_logits(cfg: TextDecoderConfig, length: int) -> float:
   """The head over the vocabulary at `length` places."""
   return matmul(length, cfg.dim, cfg.vocab)
+
+
+def text_of(backbone: BackboneConfig) -> TextDecoderConfig:
+  """The text decoder of a backbone, which some are themselves."""
+  return getattr(backbone, "text", backbone)
+
+
+def vision(backbone: BackboneConfig, shapes: Mapping[str, tuple[int, ...]]) -> float:
+  """A backbone's tower over the pictures of one row of a batch with these shapes (0 if it sees none)."""
+  if isinstance(backbone, Qwen25VLConfig) and "patches" in shapes:
+    return qwen_vision(backbone.vision, shapes["patches"][1])
+  if isinstance(backbone, Qwen3SiglipConfig) and "images" in shapes:
+    tokens = backbone.vision.side**2
+    projector = matmul(tokens, backbone.vision.width, backbone.dim, backbone.dim)
+    return shapes["images"][1] * (siglip(backbone.vision) + projector)
+  return 0.0
 
 
 def qwen_vision(cfg: VisionConfig, patches: int) -> float:

@@ -303,7 +303,10 @@ class TextDecoder(nn.Module):
 
   def embed(self, tokens: jax.Array) -> jax.Array:
     """tokens int [B, L] -> [B, L, D]."""
-    return jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+    # Whole rows before the look-up: from rows cut over the axis that cuts the batch the partitioner finds no way but to
+    # replicate what was looked up.
+    table = nn.with_logical_constraint(self.embedding.astype(self.dtype), ("vocab", "act_embed"))
+    return jnp.take(table, tokens, axis=0)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """hidden [..., D] -> float32 [..., V]."""

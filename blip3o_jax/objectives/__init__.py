@@ -9,6 +9,12 @@ An objective is a module with
 weigh right. `metrics` are sums too (divided by the same weight). `cfg` is the plain dict `config.objective_args`,
 spread over the keyword arguments of the function that does the work. An objective knows no mesh, checkpoint or file.
 
+It may also have
+
+  check(args, trained): refuses settings that would train wrongly, and
+  passes(cfg, shapes, args) -> [models.flops.Pass, ...]: the parts that one example goes through, for a Blip3oConfig and
+  a batch of these shapes. The trainer reports the utilisation of the chips from it.
+
 A config names one of these, or a file of its own: `config.objective = "my_idea.py"` (notebooks/new_objective.ipynb).
 """
 

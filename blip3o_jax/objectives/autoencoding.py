@@ -8,7 +8,16 @@ decoder needs the measured 0.13025 in its place).
 import jax
 import jax.numpy as jnp
 
+from blip3o_jax.models import flops
+from blip3o_jax.models.flops import Pass
+
 COMPONENTS = ("vae",)
+
+
+def passes(cfg, shapes, args):
+  """See objectives."""
+  side = shapes["pixels"][1]
+  return [Pass("vae", flops.vae_encode(cfg.vae, side)), Pass("vae", flops.vae_decode(cfg.vae, side))]
 
 
 def loss(params, batch, rng, *, model, cfg):

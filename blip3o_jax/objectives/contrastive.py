@@ -13,8 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.diffusion import flow_matching
+from blip3o_jax.models import flops
+from blip3o_jax.models.flops import Pass
 
 COMPONENTS = ("clip", "text_tower")
+
+
+def passes(cfg, shapes, args):
+  """See objectives."""
+  tokens = (cfg.clip.side // cfg.clip.pool_stride) ** 2
+  tower = flops.text_tower(cfg.text_tower, shapes["tokens"][1], tokens, cfg.clip.width)
+  return [Pass("clip", flops.clip_encoder(cfg.clip)), Pass("text_tower", tower)]
 
 
 def loss(params, batch, rng, *, model, cfg):

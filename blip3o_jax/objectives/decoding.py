@@ -12,8 +12,20 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.diffusion import euler_discrete, flow_matching
+from blip3o_jax.models import flops
+from blip3o_jax.models.flops import Pass
 
 COMPONENTS = ("clip", "unet", "vae")
+
+
+def passes(cfg, shapes, args):
+  """See objectives."""
+  side, tokens = shapes["pixels"][1], (cfg.clip.side // cfg.clip.pool_stride) ** 2
+  return [
+    Pass("clip", flops.clip_encoder(cfg.clip), gradient=False),
+    Pass("vae", flops.vae_encode(cfg.vae, side), gradient=False),
+    Pass("unet", flops.unet(cfg.unet, side // cfg.vae.downsampling, tokens)),
+  ]
 
 
 def loss(params, batch, rng, *, model, cfg):

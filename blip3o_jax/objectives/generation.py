@@ -12,6 +12,8 @@ import jax.numpy as jnp
 
 from blip3o_jax.diffusion import flow_matching
 from blip3o_jax.errors import UserError
+from blip3o_jax.models import flops
+from blip3o_jax.models.flops import Pass
 
 COMPONENTS = ("backbone", "queries", "dit", "clip")
 
@@ -20,6 +22,17 @@ def check(args, trained) -> None:
   """The prefix pass stops gradients at the prompt, so it would train a backbone wrongly without a word."""
   if "backbone" in trained and args.get("prefix_pass", True):
     raise UserError("trainable names backbone/, whose prompt gets no gradient: set objective_args.prefix_pass to False")
+
+
+def passes(cfg, shapes, args):
+  """See objectives."""
+  text, length, q = flops.text_of(cfg.backbone), shapes["tokens"][1], cfg.queries
+  return [
+    Pass("clip", 0.0 if "features" in shapes else flops.clip_encoder(cfg.clip), gradient=False),
+    Pass("backbone", flops.text_decoder(text, length), gradient=not args.get("prefix_pass", True)),
+    Pass("backbone", flops.text_decoder(text, q, cached=length)),
+    Pass("dit", flops.next_dit(cfg.dit, q)),
+  ]
 
 
 def loss(params, batch, rng, *, model, cfg):

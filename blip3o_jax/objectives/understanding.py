@@ -3,7 +3,19 @@
 import jax
 import jax.numpy as jnp
 
+from blip3o_jax.models import flops
+from blip3o_jax.models.flops import Pass
+
 COMPONENTS = ("backbone",)
+
+
+def passes(cfg, shapes, args):
+  """See objectives."""
+  text, length = flops.text_of(cfg.backbone), shapes["tokens"][1]
+  return [
+    Pass("backbone", flops.text_decoder(text, length) + flops.text_logits(text, length)),
+    Pass("backbone", flops.vision(cfg.backbone, shapes)),
+  ]
 
 
 def loss(params, batch, rng, *, model, cfg):

@@ -14,7 +14,13 @@ OPEN = ("model", "objective_args", "data", "sampling")
 
 # What may differ between two runs in one working directory: it changes nothing that is computed, or, as where it is
 # computed, only the order of sums.
-_FREE = ("log_every", "save_every", "keep", "tensorboard", "mesh", "remat")
+_FREE = (
+  *("log_every", "save_every", "keep", "tensorboard", "sample_every", "sample_prompts", "profile"),
+  *("mesh", "remat", "max_bad_steps"),
+)
+
+# What may be changed as well, to go on after a loss that did not stay finite; it is told.
+_MENDED = ("optimizer.learning_rate", "clip_norm")
 
 
 def default_config() -> ConfigDict:
@@ -54,6 +60,9 @@ def default_config() -> ConfigDict:
   config.save_every = 1000
   config.keep = 1
   config.tensorboard = False
+  config.sample_every = 0  # steps between pictures in WORKDIR/samples; 0 = none
+  config.sample_prompts = ()
+  config.profile = 0  # steps to trace into WORKDIR/profile, from the third of this start on
   config.sampling = {}  # defaults for drawing that the finished model directory carries (inference.image.Sampling)
   config.export = "safetensors"  # format of WORKDIR/model: safetensors | orbax
   return config
@@ -78,8 +87,13 @@ def complete(config: ConfigDict) -> ConfigDict:
   for key in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "max_bad_steps"):
     if full[key] < 1:
       raise UserError(f"config.{key} is {full[key]}; it must be at least 1")
+  for key in ("sample_every", "profile"):
+    if full[key] < 0:
+      raise UserError(f"config.{key} is {full[key]}; it must be at least 0 (off)")
   if full.batch_size % full.accumulate:
-    raise UserError(f"batch_size {full.batch_size} does not divide into {full.accumulate} accumulated parts")
+    raise UserError(
+      f"batch_size {full.batch_size} does not divide into {full.accumulate} accumulated parts; take a multiple of them"
+    )
   if full.compute_dtype not in ("float32", "bfloat16", "float16"):
     raise UserError(f"compute_dtype {full.compute_dtype!r} is unknown; choose bfloat16 or float32")
   if not 0 <= full.ema_decay < 1:
@@ -87,26 +101,31 @@ def complete(config: ConfigDict) -> ConfigDict:
   return full
 
 
-def claim(workdir: Path, config: ConfigDict, *, write: bool) -> None:
+def claim(workdir: Path, config: ConfigDict, *, write: bool) -> str:
   """Leave `config` in WORKDIR/config.json, or check that the one there is the same up to logging and saving.
+
+  Returns: what differs and may; empty if nothing does.
 
   Raises:
     UserError: the directory belongs to another config (naming the fields that differ).
   """
   path = workdir / "config.json"
   ours = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in the file
+  mended = ""
   if path.exists():
     theirs = json.loads(path.read_text())
     a, b = _flat(theirs), _flat(ours)
     differing = sorted(k for k in a.keys() | b.keys() if k.split(".")[0] not in _FREE and a.get(k) != b.get(k))
-    if differing:
-      words = "; ".join(f"{k} was {a.get(k, 'absent')!r}, is {b.get(k, 'absent')!r}" for k in differing)
-      raise UserError(f"{workdir} was made by another config ({words}); give another --workdir or the old values")
+    words = lambda keys: "; ".join(f"{k} was {a.get(k, 'absent')!r}, is {b.get(k, 'absent')!r}" for k in keys)
+    mended = words([k for k in differing if k in _MENDED])
+    if refused := words([k for k in differing if k not in _MENDED]):
+      raise UserError(f"{workdir} was made by another config ({refused}); give another --workdir or the old values")
   if write:
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".config.json.{os.getpid()}")
     temporary.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
     temporary.replace(path)
+  return mended
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,31 +2,50 @@
 
 import json
 import os
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from blip3o_jax.errors import UserError
+from blip3o_jax.training.throughput import Timing, utilisation
 
 
 class MetricLog:
   """Reports a step when the next one has been handed in, so that the device never waits for the host.
 
-  One JSON line for step 1, every `every` steps and the last: {"step": n, "loss": ..., ...} after n updates. Lines after
-  `start` are of a run that was cut off and goes on from there: they are dropped. Other processes than the first write
-  nothing.
+  One JSON line for step 1, every `every` steps and the last, after n updates:
+    step, loss, the objective's own metrics, learning_rate, grad_norm (before clipping), update_norm,
+    skipped (updates left out so far, see training.step);
+  and since the line before:
+    step_seconds (a step, waiting for data included; compiling, saving and drawing are not), images_per_s (examples, to
+    be exact), images_per_s_per_chip, mfu (training.throughput.utilisation, where it is known),
+    data_wait (share of step_seconds), save_seconds (that steps waited for saving); goodput since the first start.
+
+  Lines after `start` are of a run that was cut off and goes on from there: they are dropped. Other processes than the
+  first write nothing.
   """
 
   def __init__(
-    self, workdir: Path, *, start: int, steps: int, every: int, batch_size: int, max_bad: int, tensorboard: bool = False
+    self,
+    workdir: Path,
+    timing: Timing,
+    devices: Sequence[jax.Device],
+    *,
+    start: int,
+    steps: int,
+    every: int,
+    batch_size: int,
+    max_bad: int,
+    tensorboard: bool = False,
   ):
     self.path = workdir / "metrics.jsonl"
+    self.bad = 0  # steps without a finite loss or gradient, in a row up to the last one reported
+    self._timing, self._devices = timing, devices
     self._steps, self._every, self._batch, self._max_bad = steps, every, batch_size, max_bad
-    self._pending: tuple[int, Any] | None = None
-    self._mark = (time.perf_counter(), start)
+    self._pending: tuple[int, Any, float | None] | None = None
+    self._last_step, self._flops = start, 0.0
     self._writes = jax.process_index() == 0
     self._board = _tensorboard(workdir) if tensorboard and self._writes else None
     kept = [line for line in read(self.path) if line["step"] <= start]
@@ -37,48 +56,63 @@ class MetricLog:
       temporary.replace(self.path)
       self._file = self.path.open("a")
 
-  def add(self, step: int, scalars: Mapping[str, jax.Array]) -> None:
-    """Hand in the scalars of the step just dispatched; reports the one before.
+  def add(self, step: int, scalars: Mapping[str, jax.Array], flops: float | None = None) -> None:
+    """Hand in the scalars of the step just dispatched, and its operations if known; reports the one before.
 
     Raises:
       UserError: too many steps in a row without a finite loss.
     """
     self.flush()
-    self._pending = (step, scalars)
+    self._pending = (step, scalars, flops)
 
   def flush(self) -> None:
     """Report what is pending (waits for the device)."""
     if self._pending is None:
       return
-    step, scalars = self._pending
+    step, scalars, flops = self._pending
     self._pending = None
     values = {key: value.item() for key, value in jax.device_get(dict(scalars)).items()}
-    if (bad := values.pop("skipped_in_row")) >= self._max_bad:
+    self._flops += flops or 0.0
+    self.bad = values.pop("skipped_in_row")
+    if self.bad >= self._max_bad:
       raise UserError(
-        f"loss or gradient was not finite for {bad} steps in a row (step {step}); lower optimizer.learning_rate or look"
-        " at the data"
+        f"loss or gradient was not finite for {self.bad} steps in a row, steps {step - self.bad + 1} to {step}; the "
+        "last good checkpoint is kept: look at the data of these steps, or go on from it with a lower "
+        "optimizer.learning_rate or clip_norm"
       )
     if step != 1 and step % self._every and step != self._steps:
       return
-    now = time.perf_counter()
-    seconds, steps = now - self._mark[0], step - self._mark[1]
-    self._mark = (now, step)
-    rate = steps * self._batch / seconds
-    self.last = {"step": step, "loss": values["loss"], **values, "examples_per_s": round(rate, 2)}
+    speed = self._speed(step)
+    self.last = {"step": step, "loss": values["loss"], **values, **speed}
     if not self._writes:
       return
     self._file.write(json.dumps(self.last) + "\n")
     self._file.flush()
-    eta = (self._steps - step) * seconds / max(steps, 1)
-    extra = " ".join(
-      f"{k} {v:.4g}" for k, v in values.items() if k not in ("loss", "skipped") or (k == "skipped" and v)
-    )
-    print(
-      f"step {step}/{self._steps}  loss {values['loss']:.5f}  {rate:.1f} examples/s  ETA {_clock(eta)}  {extra}",
-      flush=True,
-    )
+    print(self._line(step, values, speed), flush=True)
     if self._board is not None:
       self._board.write_scalars(step, self.last)
+
+  def _speed(self, step: int) -> dict[str, float]:
+    """Figures of the steps since the line before."""
+    seconds, lost = self._timing.lap()
+    steps, flops = step - self._last_step, self._flops
+    self._last_step, self._flops = step, 0.0
+    seconds = max(seconds - sum(lost.values()) + lost.get("data", 0.0), 1e-9)
+    rate = steps * self._batch / seconds
+    speed = {"step_seconds": seconds / steps, "images_per_s": rate, "images_per_s_per_chip": rate / len(self._devices)}
+    if (mfu := utilisation(flops, seconds, self._devices)) is not None:
+      speed["mfu"] = mfu
+    speed |= {"data_wait": lost.get("data", 0.0) / seconds, "save_seconds": lost.get("save", 0.0)}
+    return {name: float(f"{x:.5g}") for name, x in (speed | {"goodput": self._timing.goodput()}).items()}
+
+  def _line(self, step: int, values: Mapping[str, float], speed: Mapping[str, float]) -> str:
+    words = [f"step {step}/{self._steps}", f"loss {values['loss']:.5f}", f"{speed['images_per_s']:.1f} images/s"]
+    words += [f"{speed['step_seconds']:.3g} s/step", f"ETA {_clock((self._steps - step) * speed['step_seconds'])}"]
+    words += [f"mfu {speed['mfu']:.1%}"] if "mfu" in speed else []
+    words += [f"data wait {speed['data_wait']:.0%}", f"goodput {speed['goodput']:.0%}"]
+    words += [f"saving {speed['save_seconds']:.1f} s"] if speed["save_seconds"] >= 0.05 else []
+    shown = {k: v for k, v in values.items() if k != "loss" and (k != "skipped" or v)}
+    return "  ".join([*words, " ".join(f"{k} {v:.4g}" for k, v in shown.items())])
 
   def close(self) -> None:
     """Close the files; what is pending is not reported."""

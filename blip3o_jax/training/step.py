@@ -62,12 +62,13 @@ def make_step(
     updates, opt_state = optimizer.update(
       optimizers.clip_by_norm(grads, norm, config.clip_norm), old.opt_state, old.trained
     )
+    moved = rate * optax.tree.norm(updates)
     trained = jax.tree.map(lambda p, u: p - rate * u, old.trained, updates)
     # The average starts as a plain mean, so that the random start is soon forgotten.
     decay = jnp.minimum(config.ema_decay, (1.0 + old.step) / (10.0 + old.step))
     ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, old.ema, trained) if config.ema_decay else {}
 
-    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    good = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(moved)
     keep = lambda new, past: jax.tree.map(lambda n, p: jnp.where(good, n, p), new, past)
     bad = 1 - good.astype(jnp.int32)
     new = TrainState(
@@ -79,7 +80,7 @@ def make_step(
       skipped_in_row=(old.skipped_in_row + 1) * bad,
     )
     scalars = {"loss": loss, **{name: value * scale for name, value in sums.items()}}
-    scalars |= {"learning_rate": rate, "grad_norm": norm, "skipped": new.skipped}
+    scalars |= {"learning_rate": rate, "grad_norm": norm, "update_norm": moved, "skipped": new.skipped}
     return new, scalars | {"skipped_in_row": new.skipped_in_row}
 
   return step

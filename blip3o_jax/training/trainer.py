@@ -1,8 +1,8 @@
 """The trainer: one function, read from top to bottom. It knows no idea of the paper; those are objectives (floor 3)."""
 
+import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,11 @@ from blip3o_jax.training import metrics, optimizers, state
 from blip3o_jax.training.defaults import claim, complete
 from blip3o_jax.training.feed import Buckets, Prefetch, open_loader, tokenizer_dir
 from blip3o_jax.training.preemption import StopFlag
+from blip3o_jax.training.profiling import Profile
+from blip3o_jax.training.samples import Sampler, components_to_draw
 from blip3o_jax.training.state import TrainState
 from blip3o_jax.training.step import make_step, streams
+from blip3o_jax.training.throughput import Timing, step_flops
 from blip3o_jax.types import Batch, Params
 
 
@@ -47,7 +50,8 @@ class Program:
   """The compiled heart of a run, without any array: what `train` loops over and `plan` compiles ahead of time.
 
   `params`, `state` and `frozen` are trees of ShapeDtypeStruct that carry dtype and final sharding;
-  `step(state, frozen, batch) -> (state, scalars)` is jitted and takes over the memory of `state`.
+  `step(state, frozen, batch) -> (state, scalars)` is jitted and takes over the memory of `state`; `flops(batch)`: see
+  training.throughput.step_flops.
   """
 
   model: Blip3o
@@ -57,12 +61,14 @@ class Program:
   frozen: Params
   state: TrainState
   step: Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]
+  flops: Callable[[Batch], float | None]
 
 
 def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> TrainResult:
   """Train one stage to its end, or go on with it: the same command does both.
 
-  Leaves in `workdir`: config.json, parameters.txt, metrics.jsonl, checkpoints/, and at the end model/.
+  Leaves in `workdir`: config.json, began.txt (when, in Unix seconds), parameters.txt, metrics.jsonl, checkpoints/, at
+  the end model/, and if asked for samples/ and profile/.
 
   Args:
     config: fields of `training.defaults.default_config()`.
@@ -70,13 +76,14 @@ def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> Trai
     command: what to type to do this again; told in the model's provenance.
 
   Raises:
-    UserError: bad config, missing input, no space, or a loss that stays non-finite.
+    UserError: bad config, missing input, a loss that stays non-finite, or the last save failed (one before that is told
+      and tried again at the next).
     Preempted: SIGTERM or SIGINT came; the finished steps are saved.
   """
   # 1. The run: is it new, half done, or done?
   config, workdir = complete(config), Path(workdir)
   exported = workdir / "model"
-  claim(workdir, config, write=False)
+  changed = claim(workdir, config, write=False)
   if (exported / "model.json").exists():
     print(f"{workdir} is finished; the model is at {exported}", flush=True)
     lines = metrics.read(workdir / "metrics.jsonl")
@@ -86,30 +93,34 @@ def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> Trai
   distributed.start()
   mesh = make_mesh(config.mesh, batch_size=config.batch_size, parts=config.accumulate)
   program = build(config, mesh)
+  sampler = Sampler(config, program.model, _tokenizer(config), workdir) if config.sample_every else None
   main_process = jax.process_index() == 0
   say = functools.partial(print, flush=True) if main_process else lambda *_: None
   say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
   say(f"parameters:\n{state.overview(program.state.trained, program.frozen)}")
+  if changed:
+    say(f"WARNING: from here on with another config: {changed}")
   claim(workdir, config, write=main_process)
   if main_process:  # every single one, for who wants to look
     table = parameter_overview.get_parameter_overview(program.params, include_stats=False, max_lines=None)
     (workdir / "parameters.txt").write_text(table + "\n")
 
+  again = lambda words: say(f"WARNING: {words}; training goes on, and the next save tries again")
   with (
     jax.set_mesh(mesh),
-    Store(workdir / "checkpoints", keep=config.keep) as store,
+    Store(workdir / "checkpoints", keep=config.keep, tell=again) as store,
     StopFlag(enabled=jax.process_count() == 1) as stop,
   ):
     # 3. Where the numbers come from: the first of these that has them.
     #    1) this run's own newest checkpoint (what trains)
     #    2) init_from (what is frozen, always; what trains, in a fresh run)
     #    3) scratch, by seed
-    start, sources, seconds = store.latest() or 0, frozen_sources(config, program), 0.0
+    start, sources, record = store.latest() or 0, frozen_sources(config, program), {}
     params = initial_params(config, program, program.frozen if start else program.params, say)
     if start:
       train_state, record = store.restore(start, program.state)
-      start, seconds = record["position"], record["seconds"]
-      if sources != record["frozen"]:
+      start = record["position"]
+      if any(sources.get(name, hash) != hash for name, hash in record["frozen"].items()):
         raise UserError(f"{config.init_from} holds other weights than when {workdir} began; give another --workdir")
       frozen = _pick(params, program.frozen)
       say(f"goes on after step {start} of {workdir / 'checkpoints'}")
@@ -119,8 +130,12 @@ def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> Trai
 
     # 4. Data from the first step not yet done; the position is one integer for any number of hosts.
     loader = open_loader(config, program.model.cfg, start)
+    past = {key: record.get(key, 0.0) for key in ("seconds", "useful")}
+    timing = Timing(workdir, write=main_process, **past)
     log = metrics.MetricLog(
       workdir,
+      timing,
+      mesh.devices.flatten(),
       start=start,
       steps=config.steps,
       every=config.log_every,
@@ -130,44 +145,59 @@ def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> Trai
     )
 
     # 5. The loop. The host runs one step ahead: what is logged is always the step before.
-    clock = time.monotonic() - seconds
-
-    def save(done: int) -> None:
+    def save(done: int, *, insist: bool = False) -> None:
       log.flush()  # the lines up to a checkpoint are on disk before it is
-      seconds = time.monotonic() - clock
-      store.save(done, train_state, {"position": done, "seed": config.seed, "seconds": seconds, "frozen": sources})
+      if log.bad and not insist:
+        return say(f"step {done} is not saved: the last {log.bad} steps were not finite, those before are kept")
+      with timing.lost("save"):
+        times = {"seconds": timing.seconds, "useful": timing.useful}
+        record = {"position": done, "seed": config.seed, "frozen": sources, **times}
+        store.save(done, train_state, record, insist=insist)
 
     def preempt(done: int) -> None:
-      save(done)
-      store.wait()
+      save(done, insist=True)
       raise Preempted(f"stopped after step {done} of {config.steps}; saved in {workdir}, run the same command again")
 
-    with Prefetch(loader, rules.batch_sharding(mesh)) as batches:
+    with (
+      Prefetch(loader, rules.batch_sharding(mesh)) as batches,
+      Profile(workdir / "profile", start + 3, config.profile) as profile,
+    ):
       step = program.step
       if buckets := tuple(config.data.get("buckets", ())):
         batches = Buckets(batches, buckets, rules.batch_sharding(mesh))
-        step = batches.compile(program, say)
+        with timing.lost("compile"):
+          step = batches.compile(program, say)
       for done in range(start + 1, config.steps + 1):
         try:
-          batch = next(batches)
+          with timing.lost("data"):
+            batch = next(batches)
         except Exception:
           if not stop.requested:  # Ctrl-C reaches the loader's worker processes too
             raise
           preempt(done - 1)
-        with jax.transfer_guard("disallow" if done > start + 1 else "allow"):  # tracing may move constants
+        profile.before(done)
+        first = done == start + 1
+        with (
+          jax.transfer_guard("allow" if first else "disallow"),  # tracing may move constants
+          timing.lost("compile") if first else contextlib.nullcontext(),
+        ):
           train_state, scalars = step(train_state, frozen, batch)
-        log.add(done, scalars)
+        log.add(done, scalars, program.flops(batch))
+        profile.after(done, scalars)
+        store.settle(wait=False)
         if stop.requested or (jax.process_count() > 1 and store.reached_preemption(done)):
           preempt(done)
-        if done % config.save_every == 0 or done == config.steps:
-          save(done)
+        if sampler and done % config.sample_every == 0:
+          with timing.lost("sample"):
+            say(f"samples: {sampler.draw(done, state.merge(train_state.ema or train_state.trained, frozen))}")
+        if done == config.steps or done % config.save_every == 0:
+          save(done, insist=done == config.steps)
     log.flush()
     log.close()
-    store.wait()
 
     # 6. The model directory: averaged weights if there are any, and the untouched components of init_from.
     trained = train_state.ema if config.ema_decay else train_state.trained
-    facts = {"seconds": round(time.monotonic() - clock), "metrics": log.last}
+    facts = {"seconds": round(timing.seconds), "metrics": log.last}
     if command:
       facts["command"] = command
     export(config, program, state.merge(trained, frozen), exported, facts)
@@ -183,6 +213,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
   """
   objective = objectives.get(config.objective)
   components = tuple(config.components) or objective.COMPONENTS
+  components += components_to_draw(config, components)
   dtype = jnp.dtype(config.compute_dtype)
   architecture = config.model.to_dict()
   cfg = presets.get(architecture["preset"], architecture["overrides"])
@@ -208,7 +239,8 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
     in_shardings=(shardings(fresh), shardings(frozen), rules.batch_sharding(mesh)),
     out_shardings=(shardings(fresh), rules.replicated(mesh)),
   )
-  return Program(model, mesh, components, state.merge(fresh.trained, frozen), frozen, fresh, step)
+  flops = step_flops(objective, config.objective_args.to_dict(), model.cfg, fresh.trained)
+  return Program(model, mesh, components, state.merge(fresh.trained, frozen), frozen, fresh, step, flops)
 
 
 def initial_params(config: ConfigDict, program: Program, wanted: Params, say: Callable = print) -> Params:
@@ -251,6 +283,10 @@ def frozen_sources(config: ConfigDict, program: Program) -> dict[str, str]:
     return {}
   source = open_model(config.init_from)
   return {name: source.content_hash(name) for name in program.frozen if name in source.components}
+
+
+def _tokenizer(config: ConfigDict) -> Path | None:
+  return tokenizer_dir(config, open_model(config.init_from) if config.init_from else None)
 
 
 def export(config: ConfigDict, program: Program, params: Params, directory: Path, facts: dict[str, Any]) -> None:

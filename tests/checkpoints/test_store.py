@@ -1,6 +1,5 @@
 """Orbax behind the store: exact, pruned, atomic, and honest about a full disk."""
 
-import errno
 import subprocess
 import sys
 
@@ -58,7 +57,7 @@ def test_a_save_does_not_see_what_the_next_step_writes(tmp_path):
 def test_another_structure_is_refused(tmp_path):
   with Store(tmp_path) as store:
     store.save(1, tree(1), {})
-    store.wait()
+    store.settle()
     for other in ({**tree(0), "extra": jnp.zeros(3)}, {**tree(0), "a": {"w": jnp.zeros((3, 5))}}, {"a": tree(0)["a"]}):
       with pytest.raises(UserError, match="1 "):
         store.restore(1, abstract(other))
@@ -76,48 +75,65 @@ def test_half_written_steps_do_not_count(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ["2"]
 
 
-@pytest.mark.parametrize(
-  "error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: x")]
-)
-def test_full_disk_is_one_line(tmp_path, monkeypatch, error):
-  store = Store(tmp_path)
-
-  def fail(*args, **kwargs):
-    raise error
-
-  monkeypatch.setattr(store._manager, "save", fail)
-  with pytest.raises(UserError, match="cannot write a checkpoint"):
-    store.save(1, tree(1), {})
-  store._manager.close()
-
-
 def test_a_file_in_the_way(tmp_path):
   (tmp_path / "c").write_text("")
   with pytest.raises(UserError, match="cannot write"):
     Store(tmp_path / "c")
 
 
+def test_a_directory_that_goes_away_and_comes_back(tmp_path):
+  told = []
+  with Store(tmp_path / "c", tell=told.append) as store:
+    store.save(1, tree(1), {})
+    store.settle()
+    (tmp_path / "c").rename(tmp_path / "away")
+    (tmp_path / "c").write_text("in the way")
+    store.save(2, tree(2), {})
+    store.settle()
+    assert len(told) == 1 and told[0].startswith("step 2 was not saved") and "nothing is saved" in told[0]
+    with pytest.raises(UserError, match="step 2 could not be saved in .*/c "):
+      store.save(2, tree(2), {}, insist=True)
+    (tmp_path / "c").unlink()
+    (tmp_path / "away").rename(tmp_path / "c")
+    assert store.latest() == 1
+    store.save(3, tree(3), {}, insist=True)
+    assert store.latest() == 3 and len(told) == 1
+    state, _ = store.restore(3, abstract(tree(0)))
+  assert float(state["step"]) == 3
+
+
 def test_a_really_full_disk(tmp_path):
-  """A file size limit makes the very write fail, in Orbax's own threads."""
+  """A file size limit makes the very write fail, in Orbax's own threads; then there is room again."""
   code = f"""
-import resource, signal, sys
+import resource, signal, sys, time
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import numpy as np, jax.numpy as jnp
 from blip3o_jax.checkpoints.store import Store
 from blip3o_jax.errors import UserError
 state = {{"w": jnp.asarray(np.random.default_rng(0).normal(size=(1000, 1000)))}}
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+with Store({str(tmp_path)!r}, keep=5, tell=lambda words: print("TOLD", words)) as store:
+  store.save(1, state, {{}}, insist=True)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+  store.save(2, state, {{}})
+  while store._pending:
+    store.settle(wait=False)
+    time.sleep(0.01)
+  store.save(3, state, {{}})
+  print("latest", store.latest())  # nobody has looked how the third one ended
+  try:
+    store.save(4, state, {{}}, insist=True)
+  except UserError as error:
+    print("UserError", error)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+  store.save(5, state, {{}})
 with Store({str(tmp_path)!r}, keep=5) as store:
-  store.save(1, state, {{}})
-  store.wait()
-try:
-  with Store({str(tmp_path)!r}, keep=5) as store:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    store.save(2, state, {{}})
-    store.wait()
-except UserError as error:
-  print("UserError", error)
-with Store({str(tmp_path)!r}, keep=5) as store:
-  print("latest", store.latest())
+  print("steps", store._steps(), "latest", store.latest())
 """
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-  assert "UserError" in done.stdout and "latest 1" in done.stdout, done.stdout + done.stderr[-3000:]
+  lines = done.stdout.splitlines()
+  assert len(lines) == 5, done.stdout + done.stderr[-3000:]
+  for line, step in zip((lines[0], lines[2]), (2, 3), strict=True):
+    assert line == f"TOLD step {step} was not saved (File too large); the last saved step is 1"
+  assert lines[1] == "latest 1" and lines[3].startswith("UserError step 4 could not be saved")
+  assert lines[4] == "steps [1, 5] latest 5"

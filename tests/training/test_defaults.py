@@ -38,9 +38,12 @@ def test_claim(tmp_path):
   claim(tmp_path / "new", config, write=True)
   assert json.loads((tmp_path / "new/config.json").read_text())["trainable"] == ["dit/", "queries/"]
   config.log_every, config.save_every, config.keep = 7, 8, 9
-  claim(tmp_path / "new", config, write=True)
-  config.optimizer.learning_rate, config.steps = 0.5, 77
-  with pytest.raises(UserError, match=r"optimizer.learning_rate was 0.0001, is 0.5; steps was 150000, is 77") as error:
+  config.mesh.fsdp, config.remat = 4, "dots"
+  assert claim(tmp_path / "new", config, write=True) == ""
+  config.optimizer.learning_rate = 0.5
+  assert claim(tmp_path / "new", config, write=False) == "optimizer.learning_rate was 0.0001, is 0.5"
+  config.optimizer.b1, config.steps = 0.5, 77
+  with pytest.raises(UserError, match=r"optimizer.b1 was 0.9, is 0.5; steps was 150000, is 77") as error:
     claim(tmp_path / "new", config, write=True)
   assert "\n" not in str(error.value)
   assert json.loads((tmp_path / "new/config.json").read_text())["log_every"] == 7

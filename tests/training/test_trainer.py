@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 import toy
 
 from blip3o_jax.errors import Preempted, UserError
-from blip3o_jax.training import trainer
+from blip3o_jax.models.flops import Pass
+from blip3o_jax.training import throughput, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -69,8 +71,8 @@ def test_a_loader_that_dies_of_the_same_signal_loses_nothing(whole, tmp_path, mo
 
   taken, add = threading.Event(), trainer.metrics.MetricLog.add
 
-  def note(log, step, scalars):
-    add(log, step, scalars)
+  def note(log, step, scalars, flops):
+    add(log, step, scalars, flops)
     if step == 13:
       taken.set()
 
@@ -222,9 +224,121 @@ def test_progress_line_and_overview(tmp_path, capsys):
   out = capsys.readouterr().out
   lines = [line for line in out.splitlines() if line.startswith("step ")]
   assert [line.split()[1] for line in lines] == ["1/4", "2/4", "4/4"]
-  assert all(word in lines[-1] for word in ("loss", "examples/s", "ETA"))
+  assert all(word in lines[-1] for word in ("loss", "images/s", "s/step", "ETA", "data wait", "goodput", "update_norm"))
   assert "136 trained" in out and "144 frozen" in out and "random" in out
   assert list(toy.losses(tmp_path)) == [1, 2, 4]
+
+
+def test_where_the_time_goes(tmp_path, monkeypatch):
+  """A slow loader, a slow save, and a pause between two starts."""
+  save = trainer.Store.save
+
+  def slow(store, step, *args, **kwargs):
+    time.sleep(0.3)
+    return save(store, step, *args, **kwargs)
+
+  monkeypatch.setattr(trainer.Store, "save", slow)
+  stop_at(monkeypatch, 14)
+  config = lambda: toy.config(steps=20, log_every=10, data={"sleep": 0.03})
+  with pytest.raises(Preempted):
+    trainer.train(config(), tmp_path)
+  time.sleep(1)
+  monkeypatch.setattr(trainer, "open_loader", toy.open_loader)
+  trainer.train(config(), tmp_path)
+  lines = {line["step"]: line for line in trainer.metrics.read(tmp_path / "metrics.jsonl")}
+  assert 0.02 <= lines[10]["step_seconds"] < 0.1 and lines[10]["data_wait"] > 0.6 and "mfu" not in lines[10]
+  assert lines[10]["images_per_s"] == pytest.approx(16 / lines[10]["step_seconds"], rel=1e-3)
+  assert lines[10]["images_per_s"] == lines[10]["images_per_s_per_chip"]
+  assert lines[10]["save_seconds"] == 0
+  wall = time.time() - float((tmp_path / "began.txt").read_text())
+  assert lines[20]["goodput"] * wall < 0.4 * 20 * 0.03  # most of what the steps took was waiting
+  assert 0 < lines[20]["goodput"]
+
+
+def test_utilisation():
+  """6 TFLOP in 2 s on two chips of 197 TFLOP/s each."""
+  chips = [types.SimpleNamespace(device_kind="TPU v5 lite")] * 2
+  assert throughput.utilisation(6e12, 2.0, chips) == pytest.approx(6 / (2 * 2 * 197))
+  assert throughput.utilisation(6e12, 2.0, jax.devices()) is None
+  assert throughput.utilisation(None, 2.0, chips) is None
+
+
+def test_flops_of_a_step():
+  """Forward, and twice as much again where gradients of inputs and weights are taken (models.flops)."""
+  objective = types.SimpleNamespace(
+    passes=lambda cfg, shapes, args: [Pass("a", shapes["x"][1], gradient=False), Pass("b", 10.0), Pass("c", args["n"])]
+  )
+  count = throughput.step_flops(objective, {"n": 100.0}, None, {"c"})
+  assert count({"x": np.zeros((4, 7))}) == 4 * (7 + 2 * 10 + 3 * 100)
+  assert throughput.step_flops(types.SimpleNamespace(), {}, None, {"c"})({"x": np.zeros(3)}) is None
+
+
+def test_profile(tmp_path):
+  trainer.train(toy.config(steps=6, profile=2), tmp_path)
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+# ---- saves that fail
+
+
+def test_a_save_that_fails_is_told_and_tried_again(whole, tmp_path, monkeypatch, capsys):
+  """The directory of the checkpoints is gone while steps 10 to 19 run."""
+
+  def loader(config, architecture, start_step):
+    for index, batch in enumerate(toy.open_loader(config, architecture, start_step)):
+      if index == 5:
+        (tmp_path / "checkpoints").rename(tmp_path / "away")
+        (tmp_path / "checkpoints").write_text("")
+      if index == 15:
+        (tmp_path / "checkpoints").unlink()
+      if index == 23:
+        raise OSError("and then the data")
+      yield batch
+
+  with monkeypatch.context() as patch:
+    patch.setattr(trainer, "open_loader", loader)
+    with pytest.raises(OSError, match="and then the data"):
+      trainer.train(toy.config(ema_decay=0.9), tmp_path)
+  told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: step")]
+  assert len(told) == 1 and "step 10 was not saved" in told[0] and "training goes on" in told[0]
+  assert os.listdir(tmp_path / "checkpoints") == ["20"]
+  trainer.train(toy.config(ema_decay=0.9), tmp_path)
+  assert toy.losses(tmp_path) == whole[0]
+
+
+def test_a_last_save_that_fails_is_no_success(tmp_path, monkeypatch):
+  """Neither at the end nor when pre-empted: what is not on disk is not reported as if it were."""
+
+  def loader(config, architecture, start_step):
+    for index, batch in enumerate(toy.open_loader(config, architecture, start_step)):
+      if index == 5:
+        (tmp_path / "checkpoints").rename(tmp_path / "away")
+        (tmp_path / "checkpoints").write_text("")
+        if config.keep == 2:
+          os.kill(os.getpid(), signal.SIGTERM)
+      yield batch
+
+  monkeypatch.setattr(trainer, "open_loader", loader)
+  for keep in (1, 2):
+    with pytest.raises(UserError, match=r"step \d+ could not be saved .*nothing is saved yet"):
+      trainer.train(toy.config(steps=8, keep=keep), tmp_path)
+    assert not (tmp_path / "model").exists()
+    (tmp_path / "checkpoints").unlink()
+    (tmp_path / "away").rename(tmp_path / "checkpoints")
+
+
+def test_bad_steps_do_not_overwrite_a_good_checkpoint(tmp_path, capsys):
+  """And the run goes on from there with a lower rate, which no other field may be told of."""
+  poison = {"poison": list(range(14, 40))}
+  config = lambda **more: toy.config(data=poison, objective_args={"poison": True}, save_every=5, **more)
+  with pytest.raises(UserError, match="8 steps in a row, steps 15 to 22; the last good checkpoint is kept"):
+    trainer.train(config(max_bad_steps=8), tmp_path)
+  assert os.listdir(tmp_path / "checkpoints") == ["10"]
+  assert "step 15 is not saved: the last 1 steps were not finite" in capsys.readouterr().out
+  with pytest.raises(UserError, match="steps 15 to 20"):
+    trainer.train(config(max_bad_steps=6, optimizer={"learning_rate": 1e-4}), tmp_path)
+  out = capsys.readouterr().out
+  assert "another config: optimizer.learning_rate was 0.01, is 0.0001" in out and "goes on after step 10" in out
 
 
 # ---- processes that are really killed

@@ -1,0 +1,67 @@
+"""Pictures drawn while a run trains: WORKDIR/samples/STEP.png, the same prompts from the same noise every time."""
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from blip3o_jax.data.outputs import encode_png, write_atomically
+from blip3o_jax.data.tokenizer import load_tokenizer
+from blip3o_jax.errors import UserError
+from blip3o_jax.inference.image import Sampling
+from blip3o_jax.inference.model import Model
+from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.types import Params
+
+DRAWN_BY = ("backbone", "queries", "dit")  # what an objective must hold for prompts to become features
+DECODER = ("unet", "vae")  # what turns these into pixels
+
+
+def components_to_draw(config: ConfigDict, components: Collection[str]) -> tuple[str, ...]:
+  """The components to load beside those of the objective, if pictures are asked for.
+
+  Raises:
+    UserError: without prompts, or the objective does not train what draws.
+  """
+  if not config.sample_every:
+    return ()
+  if not config.sample_prompts:
+    raise UserError("sample_every is set without sample_prompts; name what to draw")
+  if missing := [name for name in DRAWN_BY if name not in components]:
+    raise UserError(f"sample_every: objective {config.objective} draws no pictures, it has no {', '.join(missing)}")
+  needed = (*DECODER, "clip") if config.sampling.get("decoder_null") == "image" else DECODER
+  return tuple(name for name in needed if name not in components)
+
+
+class Sampler:
+  """Draws `config.sample_prompts` with given weights. Has random numbers of its own: the training never notices."""
+
+  def __init__(self, config: ConfigDict, model: Blip3o, tokenizer_dir: Path | None, workdir: Path):
+    if tokenizer_dir is None:
+      raise UserError("sample_every needs a tokenizer: set config.tokenizer, or an init_from that has one")
+    self._config, self._model, self._directory = config, model, workdir / "samples"
+    self._tokenizer = load_tokenizer(tokenizer_dir)
+
+  def draw(self, step: int, params: Params) -> Path:
+    """Write STEP.png, a grid of one picture a prompt in their order, row by row. Called by all processes."""
+    model = Model(self._model, params, self._tokenizer, None, Sampling(), name="the model in training")
+    drawn = model.generate(list(self._config.sample_prompts), seed=self._config.seed, **self._config.sampling.to_dict())
+    path = self._directory / f"{step}.png"
+    if jax.process_index() == 0:
+      write_atomically(path, encode_png(grid([pictures[0] for pictures in drawn])))
+    return path
+
+
+def grid(pictures: list[np.ndarray]) -> np.ndarray:
+  """Pictures uint8 [H, W, 3] in rows of about equally many as there are rows; what stays free is white."""
+  height, width, _ = pictures[0].shape
+  columns = math.ceil(math.sqrt(len(pictures)))
+  rows = math.ceil(len(pictures) / columns)
+  sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+  for i, picture in enumerate(pictures):
+    y, x = i // columns * height, i % columns * width
+    sheet[y : y + height, x : x + width] = picture
+  return sheet
