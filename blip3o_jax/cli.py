@@ -107,6 +107,17 @@ def make_parser() -> argparse.ArgumentParser:
   train.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="of this run alone")
   train.add_argument("--profile", type=_positive, metavar="STEPS", help="trace that many steps into WORKDIR/profile")
 
+  plan = command("plan", _plan, "does a job fit a TPU slice, and what bounds its speed? Compiles for it, without one")
+  what = plan.add_mutually_exclusive_group(required=True)
+  what.add_argument("--config", type=Path, metavar="FILE", help="an experiment, configs/X.py")
+  what.add_argument("--table", type=Path, metavar="DIR", help="the README's table, kept cell by cell in DIR")
+  plan.add_argument("--topology", metavar="NAME", help="GENERATION:SHAPE in chips, e.g. v5e:16x16, v4:4x4x4")
+  plan.add_argument("--slices", type=_positive, default=1, metavar="N", help="so many of them (default 1)")
+  plan.add_argument("--for", dest="job", default="train", choices=("train", "generate", "cache-features"))
+  plan.add_argument("--search", action="store_true", help="try batches, meshes and remat; compile the best three")
+  plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+  plan.add_argument("--cells", nargs="+", default=[], metavar="CELL", help="with --table: these cells or rows alone")
+
   generate = command("generate", _generate, "draw pictures for prompts")
   model(generate)
   prompts = generate.add_mutually_exclusive_group(required=True)
@@ -225,6 +236,23 @@ def _train(args):
 
   words = ["blip3o", "train", "--config", args.config.as_posix(), "--workdir", args.workdir.as_posix(), *args.overrides]
   train(config, args.workdir, command=shlex.join(words))
+
+
+def _plan(args):
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")  # arrays are abstract; a TPU of this machine is left alone
+  if args.table:
+    from blip3o_jax.planning import table
+
+    return table.run(args.table, Path("configs"), args.cells)
+  if not args.topology:
+    raise UserError("plan --config needs --topology NAME, such as v5e:16x16")
+  from blip3o_jax.training.config import load_config
+
+  config = load_config(args.config, args.overrides)
+  from blip3o_jax.planning import plan, search
+
+  work = search.run if args.search else plan.run
+  work(config, args.topology, slices=args.slices, job=args.job, as_json=args.json)
 
 
 def _generate(args):

@@ -18,6 +18,7 @@ from blip3o_jax.diffusion.guidance import null_first
 from blip3o_jax.diffusion.solvers import SOLVERS, sample_flow
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.nn.attention import target_platform
 
 DECODER_NULLS = ("generated", "image", "zeros")
 _MOST_STEPS, _MOST_GUIDANCE = 1000, 100.0
@@ -170,7 +171,7 @@ def draw_pixels(
     features: [B, N, C]; null: [B, N, C], used if guidance > 1; keys: [B].
     solver, interval: see euler_discrete.sample_euler_discrete.
   """
-  if jax.default_backend() == "cpu":  # see nn.linear.Conv: in a rolled loop a product is far faster there
+  if target_platform() == "cpu":  # see nn.linear.Conv: in a rolled loop a product is far faster there
     cfg = model.cfg
     model = model.clone(cfg=dataclasses.replace(cfg, unet=dataclasses.replace(cfg.unet, conv_method="matmul")))
   call = lambda *args, method: model.apply({"params": params}, *args, method=method)

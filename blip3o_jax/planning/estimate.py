@@ -1,0 +1,175 @@
+"""Memory and time of a job without compiling it: what a search looks at first, and what advice is checked with.
+
+Arguments are exact. The temporaries are those of the hungriest phase (encoder, prompt, queries, DiT, picture); a phase
+of training holds the weights of one layer, gathered from all chips, its widest activations, and what is kept for later:
+keys and values of the prompt, and the inputs of the layers that a gradient goes through (with more by the remat
+policy). The factors were fitted to what the compiler said of the 8B (planning/table.json); a test holds them to it.
+
+Times are bounds as in `cost`: operations, or bytes on the wires (weights gathered at every use, gradients summed).
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from blip3o_jax.models.blip3o import Blip3oConfig
+from blip3o_jax.planning import cost, programs
+from blip3o_jax.planning.topology import Topology
+
+_BF16, _F32 = 2, 4
+_CODE = 110 * 2**20  # of a training step
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """Bytes on a chip, by name, and seconds that a batch takes at least."""
+
+  memory: dict[str, float]
+  seconds: float
+
+  @property
+  def peak(self) -> float:
+    return sum(self.memory.values())
+
+
+def estimate(config: ConfigDict, where: Topology, job: str) -> Estimate:
+  """The estimate of a job on a topology.
+
+  Raises:
+    UserError: as `plan.make` does.
+  """
+  parts = config.accumulate if job == "train" else 1
+  mesh = where.mesh(config.mesh.to_dict(), batch_size=config.batch_size, parts=parts)
+  found = programs.build(config, mesh, job)
+  cfg, params = programs.architecture(config), found[0].parameters
+  rows = config.batch_size / parts / (mesh.size // mesh.shape["tensor"])
+  shapes = _Shapes(config, cfg, params, mesh, rows)
+  phases = {"train": shapes.training, "generate": shapes.drawing, "cache-features": lambda: [shapes.encoder()]}[job]()
+  memory = {"arguments": max(cost.device_bytes(p.arguments) for p in found), "temporaries": max(phases), "code": _CODE}
+  compute = sum(sum(p.flops.values()) for p in found) * config.batch_size / mesh.size / where.chip.flops
+  return Estimate(memory, max(compute, shapes.sent(job) * parts / where.chip.ici_bandwidth))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shapes:
+  """Bytes on one chip of what the phases hold. `rows` samples are on it at once."""
+
+  config: ConfigDict
+  cfg: Blip3oConfig
+  params: Any
+  mesh: Mesh
+  rows: float
+
+  @property
+  def text(self) -> Any:
+    return getattr(self.cfg.backbone, "text", self.cfg.backbone)
+
+  @property
+  def length(self) -> int:
+    return self.config.data.get("max_length", 128)
+
+  def weights(self, component: str, *, layer: bool) -> float:
+    """One layer's weights, or all layers', gathered over fsdp and in the compute dtype; nothing is held otherwise."""
+    if self.mesh.shape["fsdp"] == 1 or component not in self.params:
+      return 0.0
+    leaves = flatten_dict(self.params[component])
+    stacked = [x for path, x in leaves.items() if "layers" in path and "vision" not in path]
+    count = sum(math.prod(x.shape) / (x.shape[0] if layer else 1) for x in stacked)
+    return _BF16 * count / self.mesh.shape["tensor"]
+
+  def wide(self, tokens: int, *widths: float) -> float:
+    """Activations of `tokens` a sample, of these widths."""
+    return _BF16 * self.rows * tokens * sum(widths)
+
+  def memory_of_prompt(self) -> float:
+    """Keys and values of the prompt in all layers."""
+    return self.wide(self.length, 2 * self.text.layers * self.text.kv_heads * self.text.head_size)
+
+  def encoder(self) -> float:
+    clip = self.cfg.clip
+    return self.weights("clip", layer=True) + self.wide(clip.side**2 + 1, clip.mlp_dim, 2 * clip.width)
+
+  def prompt(self) -> float:
+    text = self.text
+    return self.weights("backbone", layer=True) + self.wide(self.length, text.mlp_dim, 2 * text.dim)
+
+  def training(self) -> list[float]:
+    text, dit, q = self.text, self.cfg.dit, self.cfg.queries
+    kept = self.memory_of_prompt()
+    inputs = self.wide(q, text.layers * text.dim) + self.wide(math.prod(dit.grid), dit.layers * dit.dim)
+    remat = self.config.remat or text.remat
+    if remat != "full":  # the products of every layer as well
+      inputs += self.wide(q, text.layers * (2 * text.mlp_dim + 3 * text.dim))
+      inputs += self.wide(math.prod(dit.grid), dit.layers * (2 * dit.ffn_dim + 8 * dit.dim))
+    queries = self.weights("backbone", layer=True) + self.wide(q, 2 * text.mlp_dim, 2 * text.dim) + inputs
+    return [self.encoder(), self.prompt() + kept, queries + kept, 3 * self.weights("dit", layer=True) + inputs + kept]
+
+  def drawing(self) -> list[float]:
+    vae, side = self.cfg.vae, self.cfg.image_size
+    widest = vae.block_out_channels[min(1, len(vae.block_out_channels) - 1)]
+    picture = self.rows * (side // vae.patch_size) ** 2 * widest * 3.5 * _F32
+    return [self.prompt() + self.memory_of_prompt(), picture]
+
+  def sent(self, job: str) -> float:
+    """Bytes that a chip sends for one part of a batch: weights gathered at each use, gradients, sums over tensor."""
+    uses = {
+      "train": {"clip": 1, "backbone": 3, "dit": 4},
+      "generate": {"backbone": 2, "dit": self.config.sampling.get("steps", 30), "unet": 50},
+    }
+    uses = uses.get(job, {"clip": 1})
+    fsdp, tensor = (1 - 1 / self.mesh.shape[axis] for axis in ("fsdp", "tensor"))
+    gathered = fsdp * sum(times * self.weights(name, layer=False) for name, times in uses.items())
+    trained = sum(math.prod(x.shape) for x in jax.tree.leaves(self.params.get("dit", {}))) if job == "train" else 0
+    copies = self.mesh.shape["data"] * self.mesh.shape["slice"]
+    summed = 2 * (1 - 1 / copies) * _BF16 * trained / self.mesh.shape["fsdp"] / self.mesh.shape["tensor"]
+    text, clip = self.text, self.cfg.clip
+    streams = self.wide(self.length, 4 * text.layers * text.dim) + self.wide(clip.side**2, 4 * clip.layers * clip.width)
+    return gathered + summed + tensor * streams
+
+
+# ---- advice
+
+
+def advise(config: ConfigDict, where: Topology, job: str, short: float) -> tuple[str, ...]:
+  """Lines: what takes the space, and the smallest change after which the estimate, corrected by how far it was off for
+  the config as it is, says that the job fits."""
+  now = estimate(config, where, job)
+  off = (where.chip.hbm + short) / now.peak
+  lines = [", ".join(f"{name} {size * off / 2**30:.2f} GiB" for name, size in now.memory.items())]
+  for change, words in _changes(config, where, job):
+    peak = estimate(change, where, job).peak * off
+    if peak <= where.chip.hbm:
+      return (*lines, f"the smallest change that would fit, by estimate ({peak / 2**30:.2f} GiB): {words}")
+  return (*lines, "no remat policy, mesh or batch of this config fits; take more chips, or chips with more memory")
+
+
+def _changes(config: ConfigDict, where: Topology, job: str):
+  """Configs that need less memory, the smallest change first: what costs arithmetic, then wires, then batch."""
+  mesh = dict(where.mesh(config.mesh.to_dict()).shape)
+
+  def changed(**fields) -> ConfigDict:
+    new = config.copy_and_resolve_references()
+    with new.unlocked():
+      new.update(fields)
+    return new
+
+  if job == "train" and config.remat != "full":
+    yield changed(remat="full"), "--config.remat=full"
+  sizes = dict(mesh)
+  while sizes["data"] % 2 == 0:
+    sizes = sizes | {"data": sizes["data"] // 2, "fsdp": sizes["fsdp"] * 2}
+    yield changed(mesh=sizes), f"--config.mesh.data={sizes['data']} --config.mesh.fsdp={sizes['fsdp']}"
+  chips, batch = mesh["slice"] * mesh["data"] * mesh["fsdp"], config.batch_size
+  parts = config.accumulate
+  while job == "train" and batch // (2 * parts) >= chips and batch % (2 * parts * chips) == 0:
+    parts *= 2
+    more = changed(mesh=sizes, accumulate=parts)
+    yield more, f"--config.accumulate={parts} (the same batch in more parts), fsdp {sizes['fsdp']}"
+  while batch // 2 >= chips and (batch // 2) % chips == 0:
+    batch //= 2
+    yield changed(mesh=sizes, batch_size=batch), f"--config.batch_size={batch}, fsdp {sizes['fsdp']}"

@@ -1,0 +1,95 @@
+"""`blip3o plan --search`: which batch a chip, mesh and remat policy give most images a second, on paper."""
+
+import dataclasses
+import itertools
+import json
+
+from ml_collections import ConfigDict
+
+from blip3o_jax.errors import CheckFailed, UserError
+from blip3o_jax.nn.stack import REMAT_POLICIES
+from blip3o_jax.planning import estimate, plan, topology
+from blip3o_jax.planning.plan import Plan
+from blip3o_jax.planning.topology import Topology
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)  # images a chip
+TENSOR = (1, 2, 4)
+COMPILED = 3
+MARGIN = 0.9  # of the memory: what the estimate may be off by
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """A setting and its estimate: bytes on a chip, images a second at most."""
+
+  config: ConfigDict
+  words: str
+  peak: float
+  rate: float
+
+
+def candidates(config: ConfigDict, where: Topology, job: str) -> list[Candidate]:
+  """Everything that may fit by estimate, the fastest first; of equally fast ones that with more room.
+
+  Meshes are data * fsdp * tensor = chips of a slice, in powers of two; a model's axes need not divide (what does not is
+  whole on every chip). Remat matters to training alone.
+  """
+  chips = len(where.devices) // where.slices
+  policies = [name for name in REMAT_POLICIES if name != "none"] if job == "train" else [config.remat]
+  powers = [2**i for i in range(chips.bit_length()) if chips % 2**i == 0]
+  found = []
+  for tensor, fsdp, images, remat in itertools.product(TENSOR, powers, BATCHES, policies):
+    if chips % (tensor * fsdp) or (images * tensor * fsdp > images * chips):
+      continue
+    mesh = {"slice": where.slices, "data": chips // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
+    new = config.copy_and_resolve_references()
+    with new.unlocked():
+      new.update(mesh=mesh, batch_size=images * len(where.devices), accumulate=1, remat=remat)
+    try:
+      guess = estimate.estimate(new, where, job)
+    except UserError:  # the hosts or the batch do not divide
+      continue
+    if guess.peak <= MARGIN * where.chip.hbm:
+      sizes = f"data {mesh['data']}, fsdp {fsdp}, tensor {tensor}"
+      words = f"{images:>3} a chip, {sizes}, remat {remat or 'as the preset says'}"
+      found.append(Candidate(new, words, guess.peak, new.batch_size / guess.seconds))
+  return sorted(found, key=lambda c: (-round(c.rate, 1), c.peak))
+
+
+def run(config: ConfigDict, name: str, *, slices: int = 1, job: str = "train", as_json: bool = False) -> None:
+  """Print the best candidates by estimate, then the best three as compiled.
+
+  Raises:
+    UserError: as `plan.make` does. CheckFailed: nothing fits.
+  """
+  where = topology.get(name, slices)
+  found = candidates(config, where, job)
+  if not found:
+    raise CheckFailed(f"nothing that was tried fits {name}, by estimate; take more chips, or chips with more memory")
+  if not as_json:
+    print(f"{len(found)} settings fit {slices} x {name} by estimate; the best:")
+    for c in found[:10]:
+      print(f"  {c.words:<58} {c.peak / 2**30:6.2f} GiB  {c.rate:10,.1f} images/s")
+    print(f"the best {min(COMPILED, len(found))}, compiled (bounds, not measured speeds):", flush=True)
+  plans = []
+  for c in found[:COMPILED]:
+    made = plan.make(c.config, name, slices=slices, job=job, advise=False)
+    plans.append((c, made))
+    if not as_json:
+      print(f"  {c.words:<58} {_words(made)}", flush=True)
+  if as_json:
+    print(
+      json.dumps([{"setting": c.words.strip(), "estimate_bytes": c.peak} | plan.record(p) for c, p in plans], indent=2)
+    )
+  elif any(p.fits for _, p in plans):
+    best, made = max(((c, p) for c, p in plans if p.fits), key=lambda cp: cp[1].images_per_second)
+    mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in best.config.mesh.items())
+    remat = f" --config.remat={best.config.remat}" if best.config.remat else ""
+    print(f"the best: --config.batch_size={made.images} {mesh}{remat}")
+
+
+def _words(made: Plan) -> str:
+  if not made.fits:
+    return f"no fit, {made.short / 2**30:.2f} GiB short"
+  by = max(made.costs, key=lambda c: c.bounds.seconds).bounds.by
+  return f"{made.peak / 2**30:6.2f} GiB  {made.images_per_second:10,.1f} images/s, by {by}"

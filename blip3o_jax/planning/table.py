@@ -1,0 +1,155 @@
+"""`blip3o plan --table DIR`: the jobs of the paper on every chip at 8, 64 and 256 chips, a compile a cell.
+
+A cell is kept as DIR/CELL.json as soon as it is known, so the command can be stopped and called again; DIR/table.md and
+DIR/scaling.svg show what is there. Weak scaling: every cell has the same number of images a chip.
+"""
+
+import dataclasses
+import hashlib
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from blip3o_jax.data.outputs import write_atomically
+from blip3o_jax.errors import UserError
+from blip3o_jax.planning import plan
+from blip3o_jax.training.config import load_config
+
+CHIPS = (8, 64, 256)
+SHAPES = {
+  "v4": ("2x2x2", "4x4x4", "4x8x8"),
+  "v5e": ("2x4", "8x8", "16x16"),
+  "v5p": ("2x2x2", "4x4x4", "4x8x8"),
+  "v6e": ("2x4", "8x8", "16x16"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One line of the table: a job of a config, `images` at once on each chip."""
+
+  name: str
+  title: str
+  config: str
+  job: str
+  images: int
+
+
+ROWS = (
+  Row("pretrain-8b", "pretraining 8B", "pretrain_8b.py", "train", 8),
+  Row("pretrain-4b", "pretraining 4B", "pretrain_4b.py", "train", 8),
+  Row("instruct-8b", "instruction tuning 8B", "instruct_8b.py", "train", 8),
+  Row("features-8b", "feature caching", "pretrain_8b.py", "cache-features", 16),
+  Row("sampling-8b", "1024-pixel pictures, 8B", "pretrain_8b.py", "generate", 2),
+)
+
+
+def run(directory: Path, configs: Path, only: Sequence[str] = ()) -> None:
+  """Compute the cells that DIR lacks, the most wanted first, and write the table of those it has.
+
+  Args:
+    configs: the folder of the experiments; only: names of cells (row:generation:chips) or rows; all of them if empty.
+
+  Raises:
+    UserError: a name that is no cell, no compiler, a config that is not there.
+  """
+  wanted = [cell for cell in cells() if not only or {cell, cell.split(":")[0]} & set(only)]
+  if unknown := set(only) - {cell.split(":")[0] for cell in cells()} - set(cells()):
+    raise UserError(f"{min(unknown)} is no cell; cells are ROW:CHIP:COUNT, such as {cells()[0]}")
+  for cell in wanted:
+    path = directory / f"{cell.replace(':', '-')}.json"
+    config = _config(cell, configs)
+    stamp = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+    if path.exists() and json.loads(path.read_text())["config"] == stamp:
+      continue
+    print(f"{cell} ...", flush=True)
+    row, generation, chips = _parts(cell)
+    found = plan.make(config, f"{generation}:{SHAPES[generation][CHIPS.index(chips)]}", job=row.job, advise=False)
+    content = plan.record(found) | {"cell": cell, "config": stamp}
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    print(f"{cell}  {_words(content)}", flush=True)
+  known = read(directory)
+  write_atomically(directory / "table.md", markdown(known).encode())
+  write_atomically(directory / "scaling.svg", scaling_svg(known).encode())
+  print(markdown(known))
+
+
+def cells() -> list[str]:
+  """Names of all cells, the most wanted first."""
+  return [
+    f"{row.name}:{chip}:{count}" for row in ROWS for count in (64, 256, 8) for chip in ("v5e", "v5p", "v6e", "v4")
+  ]
+
+
+def read(directory: Path) -> dict[str, dict[str, Any]]:
+  """The records of a folder's cells by name."""
+  records = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
+  return {record["cell"]: record for record in records if "cell" in record}
+
+
+def _parts(cell: str) -> tuple[Row, str, int]:
+  name, generation, chips = cell.split(":")
+  return next(row for row in ROWS if row.name == name), generation, int(chips)
+
+
+def _config(cell: str, configs: Path):
+  row, _, chips = _parts(cell)
+  return load_config(configs / row.config, [f"--config.batch_size={row.images * chips}", "--config.accumulate=1"])
+
+
+# ---- what it shows
+
+
+def markdown(known: Mapping[str, Mapping[str, Any]]) -> str:
+  """The table of the cells that are known: memory of a chip, bound on images a second, and what bounds it."""
+  lines = ["| job, images a chip | chip | " + " | ".join(f"{n} chips" for n in CHIPS) + " |", "|---|---|---|---|---|"]
+  for row in ROWS:
+    for generation in SHAPES:
+      found = [known.get(f"{row.name}:{generation}:{n}") for n in CHIPS]
+      if any(found):
+        words = " | ".join(_words(record) if record else "" for record in found)
+        lines.append(f"| {row.title}, {row.images} | {generation} | {words} |")
+  return "\n".join([*lines, "", f"{plan.CAVEAT} No fit is told by what is missing on each chip."]) + "\n"
+
+
+def _words(record: Mapping[str, Any]) -> str:
+  if not record["fits"]:
+    return f"no fit, {record['short_bytes'] / 2**30:.1f} GiB short"
+  bound = max(record["programs"], key=lambda p: max(p["bounds"].values()))["bound_by"]
+  return f"{record['peak_bytes'] / 2**30:.1f} GiB, {record['bound_images_per_second']:,.0f}/s ({bound})"
+
+
+WIDTH, HEIGHT, LEFT, BOTTOM = 420, 260, 60, 40
+
+
+def scaling_svg(known: Mapping[str, Mapping[str, Any]]) -> str:
+  """Bytes that a chip sends in one step over the number of chips, a line for each training row and chip."""
+  lines = {}
+  for row in ROWS:
+    for generation in SHAPES:
+      found = [(n, known.get(f"{row.name}:{generation}:{n}")) for n in CHIPS]
+      points = [(n, sum(c["sent"] for p in r["programs"] for c in p["collectives"])) for n, r in found if r]
+      if row.job == "train" and (points := [(n, sent) for n, sent in points if sent]):
+        lines[f"{row.title}, {generation}"] = points
+  top = max((sent for points in lines.values() for _, sent in points), default=1.0) * 1.1
+  x = lambda n: LEFT + (CHIPS.index(n) + 0.5) * (WIDTH - LEFT) / len(CHIPS)
+  y = lambda sent: (HEIGHT - BOTTOM) * (1 - sent / top) + 8
+  parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + 16 * len(lines)}" font-size="11">']
+  text = lambda at, down, words, anchor="middle": parts.append(
+    f'<text x="{at:.0f}" y="{down:.0f}" text-anchor="{anchor}">{html.escape(words)}</text>'
+  )
+  for n in CHIPS:
+    text(x(n), HEIGHT - BOTTOM + 24, f"{n} chips")
+  for i in range(5):
+    text(LEFT - 6, y(top * i / 4) + 4, f"{top * i / 4 / 1e9:.0f} GB", "end")
+    parts.append(f'<path d="M{LEFT} {y(top * i / 4):.1f}H{WIDTH}" stroke="#ccc"/>')
+  for i, (name, points) in enumerate(lines.items()):
+    colour = f"hsl({360 * i / len(lines):.0f} 60% 40%)"
+    path = " ".join(f"{x(n):.1f},{y(sent):.1f}" for n, sent in points)
+    parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}"/>')
+    parts += [f'<circle cx="{x(n):.1f}" cy="{y(sent):.1f}" r="3" fill="{colour}"/>' for n, sent in points]
+    parts.append(f'<rect x="{LEFT}" y="{HEIGHT + 16 * i - 6}" width="10" height="3" fill="{colour}"/>')
+    text(LEFT + 16, HEIGHT + 16 * i, f"{name}: sent by a chip in one step", "start")
+  return "\n".join([*parts, "</svg>"]) + "\n"

@@ -1,0 +1,162 @@
+"""Whole plans: the trainer's step, the samplers and the encoder compiled for slices that are not here."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from blip3o_jax import cli
+from blip3o_jax.models import presets
+from blip3o_jax.planning import cost, estimate, plan, programs, topology
+from blip3o_jax.sharding.mesh import make_mesh
+from blip3o_jax.training.config import load_config
+from blip3o_jax.training.feed import open_loader
+
+
+@pytest.fixture(autouse=True)
+def precision_of_users():
+  """Other tests force full float32 products, which Mosaic refuses for bfloat16."""
+  with jax.default_matmul_precision("default"):
+    yield
+
+
+def one_device():
+  return make_mesh({"data": 1}, devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_the_step_compiles_with_the_attention_kernel_on_data_and_tensor(name, tmp_path, monkeypatch):
+  pytest.importorskip("libtpu")
+  texts, read = [], cost.hlo.hbm_bytes
+  monkeypatch.setattr(cost.hlo, "hbm_bytes", lambda text: texts.append(text) or read(text))
+  found = plan.make(small.config(tmp_path), name)
+  assert found.mesh == {"slice": 1, "data": 2, "fsdp": 1, "tensor": 2} and found.fits
+  # EVA-CLIP and the prompt, forward alone: a kernel each, in their loops.
+  assert texts[0].count('custom_call_target="tpu_custom_call"') == 2
+  axes = {c.axes for c in found.costs[0].collectives}
+  assert ("data",) in axes and ("tensor",) in axes
+  memory = found.costs[0].memory
+  assert memory.arguments > 2**20 and memory.temporaries > 2**20 and found.peak < found.topology.chip.hbm
+  assert found.images_per_second == pytest.approx(16 / found.costs[0].bounds.seconds)
+  words = plan.page(found)
+  assert "not measured speeds" in words and "all-reduce" in words and found.topology.chip.source in words
+  assert json.loads(json.dumps(plan.record(found)))["programs"][0]["bound_by"] == found.costs[0].bounds.by
+
+
+def test_flops_of_the_8b_agree_with_a_hand_count():
+  """From the published numbers of parameters: two operations a parameter and token, and the pairs of attention."""
+  config = load_config("configs/pretrain_8b.py", ["--config.batch_size=1"])
+  (program,) = programs.build(config, one_device(), "train")
+  length, q, n = config.data.max_length, 64, 64
+  encoder = 2 * 4_350_208_256 * 1025 + 64 * 4 * 1025**2 * 1792
+  layers_7b = 6_525_621_760  # Qwen2.5-7B without its two tables of words
+  prompt = 2 * layers_7b * length + 28 * 4 * length**2 * 3584
+  queries = 2 * layers_7b * q + 28 * 4 * q * (length + q) * 3584  # and as much again for the gradient of its input
+  dit = presets.get("blip3o-8b").dit
+  a_layer = 1792**2 * 7 + 3 * 1792 * 4864  # seven square matrices beside the MLP: q, k, v twice, and out
+  dit_forward = (
+    24 * (2 * a_layer * n + 2 * 1024 * 4 * 1792 + 8 * n * n * 1792) + 2 * n * (3584 + 2 * 1792 + 1792) * 1792
+  )
+  assert (dit.layers, dit.dim, dit.ffn_dim) == (24, 1792, 4864)
+  by_hand = {"encoder": encoder, "backbone, prompt": prompt, "backbone, queries": 2 * queries, "DiT": 3 * dit_forward}
+  assert set(by_hand) == set(program.flops)
+  for part, count in by_hand.items():
+    assert program.flops[part] == pytest.approx(count, rel=0.03), part
+
+
+def test_flops_agree_with_the_compiler_where_nothing_is_scanned(tmp_path):
+  """One layer a stack: a loop whose body is counted once, rightly. Wide, for the compiler counts norms as well."""
+  (program,) = programs.build(small.config(tmp_path, layers=1, width=512), one_device(), "train")
+  counted = program.lower().cost_analysis()["flops"]
+  assert sum(program.flops.values()) * 16 == pytest.approx(counted, rel=0.03)
+
+
+def test_the_abstract_batch_is_the_loaders(tmp_path):
+  """Shapes and dtypes of the batches that training really gets."""
+  from blip3o_jax.data.shapes_corpus import make_shapes
+
+  make_shapes(tmp_path / "s", contrastive=0, pretrain=4, instruct=0, understanding=4, text_only=1, held_out=0)
+  for stage, part in (("generation", "pretrain"), ("understanding", "understanding/questions.jsonl")):
+    changes = [f"--config.data.path={tmp_path / 's' / part}", "--config.batch_size=2", "--config.init_from=micro"]
+    config = load_config(f"configs/micro/{stage}.py", changes)
+    cfg = presets.get("micro")
+    real = next(open_loader(config, cfg, 0))
+    ours = programs.abstract_batch(config, cfg, one_device())
+    shapes = lambda batch: {key: (x.shape, np.dtype(x.dtype)) for key, x in batch.items()}
+    assert shapes(ours) == {k: v for k, v in shapes(real).items() if v[1].kind not in "OSU"}
+
+
+def test_what_does_not_fit_is_told_with_what_would(tmp_path, monkeypatch, capsys):
+  """A chip with less memory than the job takes, so that nothing large is compiled."""
+  pytest.importorskip("libtpu")
+  config = small.config(tmp_path, "mesh.tensor=1", "mesh.data=4")
+  chip = topology.CHIPS["v5e"]
+  guess = estimate.estimate(config, topology.get("v5e:2x2"), "train")
+  monkeypatch.setitem(topology.CHIPS, "v5e", dataclasses.replace(chip, hbm=0.9 * guess.peak))
+  refuse = lambda *_: raise_(cost.OutOfMemory(guess.peak, 0.9 * guess.peak, ["a thing"]))
+  monkeypatch.setattr(cost, "compile_program", refuse)
+  words = ["--config.mesh.tensor=1", "--config.mesh.data=4"]
+  assert cli.main(["plan", "--config", str(tmp_path / "small.py"), "--topology", "v5e:2x2", *words]) == 1
+  out, err = capsys.readouterr()
+  assert f"DOES NOT FIT: {0.1 * guess.peak / 2**20:.2f} MiB" in out and "the compiler's largest: a thing" in out
+  assert "the smallest change that would fit" in out and "arguments" in out and err.count("\n") == 1
+  # What it says is true: with that change the estimate fits.
+  changes = re.findall(r"--config\.(\S+=\S+)", out.split("smallest change")[1])
+  better = small.config(tmp_path, "mesh.tensor=1", "mesh.data=4", *changes)
+  assert estimate.estimate(better, topology.get("v5e:2x2"), "train").peak <= 0.9 * guess.peak
+
+
+def raise_(error):
+  raise error
+
+
+def test_the_compilers_refusal_is_read():
+  """In its own words, as libtpu 0.0.52 and its predecessors write them."""
+  new = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+  new += "temporaries (21.00G) exceeds available HBM (15.75G). HLO module: jit_f."
+  old = (
+    "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.00G of 15.75G hbm. Exceeded hbm capacity by "
+  )
+  for text in (new, old):
+    error = cost._out_of_memory(jax.errors.JaxRuntimeError(text))
+    assert (error.used, error.available) == (21 * 2**30, 15.75 * 2**30)
+  other = jax.errors.JaxRuntimeError("INTERNAL: something else")
+  assert cost._out_of_memory(other) is other
+
+
+@pytest.mark.parametrize(
+  "words, said",
+  [
+    ([], "--topology"),
+    (["--topology", "v9:1x1"], "v5e: 1x1"),
+    (["--topology", "v5e:2x2", "--config.batch_size=3"], "does not divide"),
+    (["--topology", "v5e:2x2", "--for", "dance"], "invalid choice"),
+  ],
+)
+def test_usage_errors_are_one_line_and_2(tmp_path, capsys, words, said):
+  if "v5e:2x2" in words:
+    pytest.importorskip("libtpu")
+  small.config(tmp_path)
+  try:
+    status = cli.main(["plan", "--config", str(tmp_path / "small.py"), *words])
+  except SystemExit as leaving:
+    status = leaving.code
+  out, err = capsys.readouterr()
+  assert (status, out, err.count("\n")) == (2, "", 1) and said in err
+
+
+@pytest.mark.slow
+def test_the_8b_compiles_for_a_pod():
+  """In at most four minutes and 12 GiB on two cores."""
+  import resource
+
+  pytest.importorskip("libtpu")
+  found = plan.make(load_config("configs/pretrain_8b.py"), "v5e:16x16")
+  assert found.fits and found.costs[0].compile_seconds < 240
+  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 < 12
+  guess = estimate.estimate(load_config("configs/pretrain_8b.py"), found.topology, "train")
+  assert guess.peak == pytest.approx(found.peak, rel=0.1)
