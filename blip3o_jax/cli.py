@@ -169,9 +169,15 @@ def make_parser() -> argparse.ArgumentParser:
   shapes.add_argument("--seed", type=int, default=0)
   for size in ("contrastive", "pretrain", "instruct", "understanding", "text-only", "held-out", "shard-size"):
     shapes.add_argument(f"--{size}", type=_count, default=argparse.SUPPRESS, metavar="N")
-  inspect = command("inspect", _inspect, "say what a folder of shards, a shard or a .jsonl holds", data)
-  inspect.add_argument("path", type=Path, metavar="PATH")
-  inspect.add_argument("--num", type=_count, default=3, help="samples to show (default 3)")
+  index = command("index", _index, "leave beside tar shards where their samples lie, for a fast start", data)
+  index.add_argument("path", nargs="+", metavar="PATH", help="shards, folders or patterns, local or in a bucket")
+  index.add_argument("--processes", type=_positive, default=os.cpu_count(), metavar="N")
+  inspect = command("inspect", _inspect, "what the model will see: pictures, prompts, tokens, bad samples, speed", data)
+  what = inspect.add_mutually_exclusive_group(required=True)
+  what.add_argument("path", nargs="?", metavar="PATH", help="shards or a .jsonl as they are")
+  what.add_argument("--config", type=Path, metavar="FILE", help="an experiment: its samples as training builds them")
+  inspect.add_argument("--num", type=_positive, default=argparse.SUPPRESS, help="samples (default 3; of a config 256)")
+  inspect.add_argument("--out", type=Path, default=Path("inspected"), metavar="DIR", help="of a config (default here)")
 
   evaluation = command("eval", None, "score a model").add_subparsers(
     dest="eval_command", required=True, metavar="BENCHMARK", parser_class=_Parser
@@ -305,11 +311,25 @@ def _make_shapes(args):
   print(make_shapes(args.out, seed=args.seed, **_given(args, *sizes)))
 
 
-def _inspect(args):
-  from blip3o_jax.data.inputs import describe
+def _index(args):
+  from blip3o_jax.data import tars
 
-  for line in describe(args.path, args.num):
-    print(line)
+  for shard, samples in tars.index(args.path, args.processes):
+    print(f"{shard}: {samples} samples", flush=True)
+
+
+def _inspect(args):
+  if args.config:
+    from blip3o_jax.jobs import inspect_data
+    from blip3o_jax.training.config import load_config
+
+    lines = inspect_data.run(load_config(args.config, args.overrides), args.out, **_given(args, "num"))
+  else:
+    from blip3o_jax.data.inputs import describe
+
+    lines = describe(args.path, **_given(args, "num"))
+  for line in lines:
+    print(line, flush=True)
 
 
 def _eval_shapes(args):

@@ -222,6 +222,8 @@ def test_data_in_one_process_each(tmp_path):
   assert json.loads((out / "manifest.json").read_text())["pretrain"] == 3
   seen = subprocess.run([*blip3o, "data", "inspect", out / "pretrain"], capture_output=True, text=True)
   assert seen.returncode == 0 and "3 samples" in seen.stdout and "64 x 64" in seen.stdout, seen.stderr
+  indexed = subprocess.run([*blip3o, "data", "index", out / "pretrain"], capture_output=True, text=True)
+  assert (indexed.returncode, indexed.stdout) == (0, f"{out}/pretrain/000000.tar: 3 samples\n"), indexed.stderr
   none = subprocess.run([*blip3o, "data", "inspect", tmp_path / "no.jsonl"], capture_output=True, text=True)
   assert none.returncode == 2 and "Traceback" not in none.stderr and "no.jsonl" in none.stderr
 

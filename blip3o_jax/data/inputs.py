@@ -36,13 +36,13 @@ def describe(path: str | Path, num: int = 3) -> Iterator[str]:
   Raises:
     UserError: there is nothing to read, or it cannot be read.
   """
-  for part in _parts(Path(path)):
+  for part in _parts(path):
     source = sources.open_source(str(part))
     yield f"{part}: {source!r}"
     for i in range(min(num, len(source))):
       record = source[i]
       size = "no picture"
-      if record["image"] is not None:
+      if record.get("image"):
         picture = transforms.decode(record["image"], record["name"])
         size = f"{picture.width} x {picture.height}"
       # Conversations go by message, captions are one text.
@@ -51,11 +51,7 @@ def describe(path: str | Path, num: int = 3) -> Iterator[str]:
       yield from (f"    {' '.join(str(text).split())}" for text in (turn["value"] for turn in turns))
 
 
-def _parts(path: Path) -> list[Path]:
-  """`path` itself, or, for a folder without shards, everything readable under it."""
-  if not path.is_dir() or any(path.glob("*.tar")):
-    return [path]
-  found = {tar.parent for tar in path.rglob("*.tar")} | set(path.rglob("*.jsonl"))
-  if not found:
-    raise UserError(f"{path} holds neither .tar shards nor .jsonl files")
-  return sorted(found)
+def _parts(path: str | Path) -> list[str | Path]:
+  """The shards' folders and the .jsonl files under a local folder, or `path` itself, whatever it is."""
+  folder = Path(path)
+  return sorted({tar.parent for tar in folder.rglob("*.tar")} | set(folder.rglob("*.jsonl"))) or [path]

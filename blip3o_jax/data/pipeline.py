@@ -99,20 +99,16 @@ def make_dataset(
     processor, window_size: the picture layout of the understanding tower, for conversations (see data.vision).
 
   Returns:
-    An endless Grain dataset of dicts with the keys of the task (DESIGN part 3), each [B / process_count, ...], and
-    `replaced` [B / process_count] bool. With groups: of such dicts by name of group, each with its part of the rows.
+    An endless Grain dataset of dicts with the keys of the task (DESIGN part 3), each [B / process_count, ...],
+    `replaced` [B / process_count] bool, and with tokens `cut` [B / process_count] int32: how many did not fit.
+    With groups: of such dicts by name of group, each with its part of the rows.
 
   Raises:
     UserError: unknown keys, missing files, a batch that does not divide, fewer samples than a batch takes.
   """
   configs, reading = parse(cfg)
-  build = functools.partial(make_builder, tokenizer=tokenizer, processor=processor, window_size=window_size)
-  groups, first = [], seed
-  for (name, config), rows in zip(configs.items(), split_rows(configs, batch_size, process_count), strict=True):
-    mixture = open_mixture(config)
-    _check_size(mixture, rows)
-    groups.append(_Group(name, mixture, mixture.order(first), build(config), rows, rows // process_count))
-    first += len(mixture.names)
+  tools = {"tokenizer": tokenizer, "processor": processor, "window_size": window_size}
+  groups = open_groups(configs, batch_size, seed, process_count, **tools)
   local = batch_size // process_count
   samples = _Samples(groups, local, start_step, process_index, {} if reading.cache else None)
   dataset = grain.MapDataset.source(samples).to_iter_dataset(grain.ReadOptions(reading.threads, reading.prefetch))
@@ -153,6 +149,21 @@ def _fields(kind, values: Mapping[str, Any], where: str):
       f"{where} config needs a task, and either a path or sources; it has {', '.join(values) or 'nothing'}"
     )
   return kind(**values)
+
+
+def open_groups(
+  configs: Mapping[str, DataConfig], batch_size: int, seed: int, process_count: int = 1, **tools
+) -> list["Group"]:
+  """The sources, order and builder of every group; `tools`, the result's errors: see make_dataset, make_builder."""
+  groups, first = [], seed
+  for (name, config), rows in zip(configs.items(), split_rows(configs, batch_size, process_count), strict=True):
+    mixture = open_mixture(config)
+    _check_size(mixture, rows)
+    groups.append(
+      Group(name, mixture, mixture.order(first), make_builder(config, **tools), rows, rows // process_count)
+    )
+    first += len(mixture.names)
+  return groups
 
 
 def split_rows(configs: Mapping[str, DataConfig], batch_size: int, process_count: int = 1) -> list[int]:
@@ -199,8 +210,11 @@ def _stack(samples: list[dict], parts: list[tuple[str, int]]) -> dict[str, Any]:
 
 
 @dataclasses.dataclass
-class _Group:
-  """Samples of one task: `batch` of them make up its part of a batch, `local` the part of this process."""
+class Group:
+  """Samples of one task in their order: `batch` of them make its part of a batch, `local` the part of this process.
+
+  name: "" where there is one task only.
+  """
 
   name: str
   mixture: Mixture
@@ -226,7 +240,7 @@ class _Group:
 class _Samples:
   """Built samples of one process: those of step start_step, group by group, then those of the next step."""
 
-  groups: list[_Group]
+  groups: list[Group]
   local: int
   start_step: int
   process_index: int
@@ -297,18 +311,18 @@ class _Builder:
     return text
 
   def row(self, tokens: list[int], last: int | None = None) -> dict[str, np.ndarray]:
-    """tokens [L] int32, token_mask [L] bool, truncated (bool): cut to max_length, padded on the right.
+    """tokens [L] int32, token_mask [L] bool, cut (int32, of tokens): cut to max_length, padded on the right.
 
     last: a token that stays the last one whatever is cut.
     """
     length = self.cfg.max_length
-    truncated = len(tokens) > length
-    if truncated and last is not None:
+    cut = max(len(tokens) - length, 0)
+    if cut and last is not None:
       tokens = [*tokens[: length - 1], last]
     return {
       "tokens": _pad(tokens, length, self.tokenizer.pad),
       "token_mask": np.arange(length) < len(tokens),
-      "truncated": np.bool_(truncated),
+      "cut": np.int32(cut),
     }
 
 

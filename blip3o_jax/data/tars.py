@@ -6,8 +6,10 @@ import contextlib
 import hashlib
 import io
 import logging
+import multiprocessing
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from blip3o_jax.data import files
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import Problems, UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _BLOCK = tarfile.BLOCKSIZE  # a header is one block, and data begin on one
@@ -100,6 +102,38 @@ def _key(path: str, header: bytes, size: int) -> str:
 # ---- the index
 
 
+def index(path, processes: int) -> Iterator[tuple[str, int]]:
+  """Index all shards at a path and leave the indices beside them, in so many processes; yields (shard, its samples).
+
+  Raises:
+    Problems: all that is wrong with any of them; the indices of the others are there.
+  """
+  shards, problems = [file for one in files.expand(path) for file in _shards(one)], []
+  context = multiprocessing.get_context("spawn")  # what runs in this process has threads, which do not survive a fork
+  with concurrent.futures.ProcessPoolExecutor(processes, context) as pool:
+    tasks = {pool.submit(_index_beside, shard): shard for shard in shards}
+    for task in concurrent.futures.as_completed(tasks):
+      try:
+        yield tasks[task], task.result()
+      except UserError as error:
+        problems.append(str(error))
+  if problems:
+    raise Problems(f"{len(problems)} of {len(shards)} shards cannot be used", sorted(problems))
+
+
+def _shards(path: str) -> list[str]:
+  if path.endswith(".tar"):
+    return [path]
+  names = [name for name in files.listing(path) if name.endswith(".tar")] if files.is_folder(path) else []
+  if not names:
+    raise UserError(f"no .tar shards at {path}; only these have an index")
+  return [f"{path.rstrip('/')}/{name}" for name in names]
+
+
+def _index_beside(shard: str) -> int:
+  return len(index_shard(shard, beside=True))
+
+
 def index_shard(shard: str, *, beside: bool = False) -> np.ndarray:
   """Where the samples of a shard lie, uint32 [n, 4]: block and size of the image, block and size of the caption.
 
@@ -126,6 +160,7 @@ def index_shard(shard: str, *, beside: bool = False) -> np.ndarray:
   if beside:
     with files.reading(near):
       _write(epath.Path(near), rows)
+    return rows
   return _kept(rows, places)
 
 

@@ -86,6 +86,20 @@ class ImageProcessor:
     x = np.repeat(x[:, :, :, :, :, None], t, axis=5)
     return x.reshape(-1, c * t * p * p), np.asarray([1, h // p, w // p], np.int32)
 
+  def picture(self, patches: np.ndarray, patch_pos: np.ndarray) -> np.ndarray:
+    """The picture uint8 [H, W, 3] that these patches [P, 3 * temporal * patch^2] show: patchify and normalize undone.
+
+    Args:
+      patch_pos: int [P, 2], row and column of each, see patch_numbers.
+    """
+    p = self.patch_size
+    tiles = patches.reshape(len(patches), 3, self.temporal_patch_size, p, p)[:, :, 0].transpose(0, 2, 3, 1)
+    rows, columns = patch_pos.max(axis=0) + 1
+    canvas = np.zeros((rows, columns, p, p, 3), np.float32)
+    canvas[tuple(patch_pos.T)] = tiles * np.asarray(self.std) + np.asarray(self.mean)
+    pixels = canvas.swapaxes(1, 2).reshape(rows * p, columns * p, 3)
+    return np.clip(np.round(pixels * 255), 0, 255).astype(np.uint8)
+
 
 def patch_numbers(
   grid_thw: Sequence[Sequence[int]], *, merge_size: int = 2, window_size: int = 112, patch_size: int = 14

@@ -23,7 +23,7 @@ from blip3o_jax.porting.locate import open_model
 from blip3o_jax.porting.source import Source, default_preprocessor
 from blip3o_jax.types import Batch
 
-COUNTED = ("replaced", "truncated")  # what the loader says of each row beside what the step takes
+COUNTED = ("replaced", "cut")  # what the loader says of each row beside what the step takes
 
 
 def open_loader(config: ConfigDict, architecture: Blip3oConfig, start_step: int) -> Iterator[dict[str, Any]]:
@@ -31,6 +31,23 @@ def open_loader(config: ConfigDict, architecture: Blip3oConfig, start_step: int)
 
   Raises:
     UserError: missing data or tokenizer; conversations for a backbone other than Qwen2.5-VL.
+  """
+  return pipeline.make_loader(
+    config.data.to_dict(),
+    batch_size=config.batch_size,
+    seed=config.seed,
+    start_step=start_step,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    **preparation(config, architecture),
+  )
+
+
+def preparation(config: ConfigDict, architecture: Blip3oConfig) -> dict[str, Any]:
+  """What of a model the pipeline needs: tokenizer, and for pictures to be understood processor and window_size.
+
+  Raises:
+    UserError: see open_loader.
   """
   source = open_model(config.init_from) if config.init_from else None
   folder = tokenizer_dir(config, source)
@@ -41,16 +58,7 @@ def open_loader(config: ConfigDict, architecture: Blip3oConfig, start_step: int)
     pictures = {"processor": processor, "window_size": backbone.vision.window_size}
   elif any(group.task == "conversations" for group in pipeline.parse(config.data.to_dict())[0].values()):
     raise UserError("data.task conversations prepares pictures for Qwen2.5-VL's tower alone; take such a preset")
-  return pipeline.make_loader(
-    config.data.to_dict(),
-    batch_size=config.batch_size,
-    seed=config.seed,
-    start_step=start_step,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    tokenizer=load_tokenizer(folder) if folder else None,
-    **pictures,
-  )
+  return {"tokenizer": load_tokenizer(folder) if folder else None, **pictures}
 
 
 def tokenizer_dir(config: ConfigDict, source: Source | None) -> Path | None:
@@ -127,7 +135,7 @@ class Prefetch:
 
 def _count(batch: dict[str, Any], name: str) -> int:
   return sum(
-    _count(rows, name) if isinstance(rows, dict) else int(np.sum(rows))
+    _count(rows, name) if isinstance(rows, dict) else np.count_nonzero(rows)
     for key, rows in batch.items()
     if key == name or isinstance(rows, dict)
   )

@@ -152,7 +152,7 @@ def test_conversations(corpus, tokenizer):
     "patch_image": (64,),
     "patch_window": (64,),
     "grid_thw": (1, 3),
-    "truncated": (),
+    "cut": (),
     "replaced": (),
   }
   pads = (batch["tokens"] == tokenizer.image_pad).sum(axis=1)
@@ -264,9 +264,8 @@ def test_a_caption_of_ten_thousand_tokens_is_cut_and_counted(tmp_path, tokenizer
   cfg = {"task": "generation", "path": str(tmp_path), "image_size": 8, "max_length": 40}
   batch = next(make_loader(cfg, batch_size=2, seed=0, tokenizer=tokenizer))
   long, short = np.argsort(batch["pixels"][:, 0, 0, 0])
-  assert batch["truncated"][[long, short]].tolist() == [True, False]
-  whole = templates.generation_prompt(tokenizer, "a red circle " * 5000)
-  assert len(whole) > 10_000
+  whole = templates.generation_prompt(tokenizer, ("a red circle " * 5000).strip())
+  assert len(whole) > 10_000 and batch["cut"][[long, short]].tolist() == [len(whole) - 40, 0]
   assert batch["tokens"][long].tolist() == [*whole[:39], tokenizer.image_start] and batch["token_mask"][long].all()
 
 

@@ -7,9 +7,10 @@ import buckets
 import grain
 import pytest
 
+from blip3o_jax.data import tars
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.data.tars import index_shard
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import Problems, UserError
 
 
 def write_tar(path, members, mode="w"):
@@ -82,6 +83,22 @@ def test_a_shard_that_changes_while_in_use_gives_bad_samples_not_wrong_ones(tmp_
   path.unlink()
   with pytest.raises(UserError, match=r"a\.tar cannot be read: .*No such file"):
     source[1]
+
+
+def test_many_shards_are_indexed_beforehand(tmp_path, monkeypatch):
+  for i in range(3):
+    write_tar(tmp_path / f"{i}.tar", pair("k") + pair("l")[: 2 - i % 2])
+  (tmp_path / "cut.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:700])
+  done = []
+  with pytest.raises(Problems, match="2 of 4 shards cannot be used, 2 problems:") as raised:
+    for one in tars.index([str(tmp_path)], processes=2):
+      done.append(one)
+  assert sorted(done) == [(str(tmp_path / "0.tar"), 2), (str(tmp_path / "2.tar"), 2)]
+  assert "1.tar: l has no caption" in str(raised.value) and "cut.tar is truncated" in str(raised.value)
+  monkeypatch.setattr(tarfile, "open", lambda *a, **k: 1 / 0)
+  assert len(open_source(tmp_path / "{0,2}.tar")) == 4
+  with pytest.raises(UserError, match="only these have an index"):
+    list(tars.index([str(tmp_path / ".index")], processes=1))
 
 
 def test_picture_and_caption_far_apart(tmp_path):

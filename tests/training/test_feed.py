@@ -34,7 +34,7 @@ def test_other_backbones_learn_to_draw_but_not_from_conversations(monkeypatch, b
 
 def test_groups_stay_groups_and_what_only_counts_is_counted():
   def batches():
-    flags = {"replaced": np.array([True, False]), "truncated": np.array([True, True]), "names": ["a", "b"]}
+    flags = {"replaced": np.array([True, False]), "cut": np.array([7, 1]), "names": ["a", "b"]}
     yield {"draw": {"pixels": np.zeros((2, 4), np.uint8)} | flags, "see": {"tokens": np.ones((2, 3), np.int32)} | flags}
     yield {"pixels": np.zeros((2, 4), np.uint8), "replaced": np.array([False, True])}
 
@@ -42,5 +42,5 @@ def test_groups_stay_groups_and_what_only_counts_is_counted():
   with feed.Prefetch(batches(), sharding) as prefetch:
     batch = next(prefetch)
     assert jax.tree.map(lambda x: x.shape, batch) == {"draw": {"pixels": (2, 4)}, "see": {"tokens": (2, 3)}}
-    assert prefetch.counts == {"replaced": 2, "truncated": 4}
-    assert set(next(prefetch)) == {"pixels"} and prefetch.counts == {"replaced": 3, "truncated": 4}
+    assert prefetch.counts == {"replaced": 2, "cut": 4}
+    assert set(next(prefetch)) == {"pixels"} and prefetch.counts == {"replaced": 3, "cut": 4}
