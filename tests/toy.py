@@ -64,6 +64,7 @@ def make_loader(data, *, batch_size, seed, start_step, process_index=0, process_
     x = np.stack([np.random.default_rng((seed, i)).normal(size=8) for i in index]).astype(np.float32)
     batch = {"x": x, "y": np.tanh(x @ true), "weight": (index % 3 + 1).astype(np.float32), "caption": ["a"] * rows}
     batch["id"] = (index * 40503 % 65536).astype(np.int32)
+    batch["cut"] = (index % 8 == 0).astype(np.int32)
     if "poison" in data:
       poison = data["poison"]
       batch["index"] = np.full(rows, step, np.int32)

@@ -109,16 +109,7 @@ def make_dataset(
   configs, reading = parse(cfg)
   tools = {"tokenizer": tokenizer, "processor": processor, "window_size": window_size}
   groups = open_groups(configs, batch_size, seed, process_count, **tools)
-  local = batch_size // process_count
-  samples = _Samples(groups, local, start_step, process_index, {} if reading.cache else None)
-  dataset = grain.MapDataset.source(samples).to_iter_dataset(grain.ReadOptions(reading.threads, reading.prefetch))
-  if reading.workers:
-    if not flags.FLAGS.is_parsed():
-      flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which only absl.app parses
-    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(reading.workers, reading.prefetch))
-  # Batching comes last: before the worker processes it would give each its own batches, and lose the rest of an epoch.
-  parts = [(group.name, group.local) for group in groups]
-  return dataset.batch(local, batch_fn=functools.partial(_stack, parts=parts))
+  return read(groups, reading, start_step, process_index)
 
 
 def parse(cfg: Mapping[str, Any]) -> tuple[dict[str, DataConfig], Reading]:
@@ -164,6 +155,20 @@ def open_groups(
     )
     first += len(mixture.names)
   return groups
+
+
+def read(groups: list["Group"], reading: Reading, start_step: int, process_index: int) -> grain.IterDataset:
+  """The batches of opened groups, see make_dataset."""
+  local = sum(group.local for group in groups)
+  samples = _Samples(groups, local, start_step, process_index, {} if reading.cache else None)
+  dataset = grain.MapDataset.source(samples).to_iter_dataset(grain.ReadOptions(reading.threads, reading.prefetch))
+  if reading.workers:
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, which only absl.app parses
+    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(reading.workers, reading.prefetch))
+  # Batching comes last: before the worker processes it would give each its own batches, and lose the rest of an epoch.
+  parts = [(group.name, group.local) for group in groups]
+  return dataset.batch(local, batch_fn=functools.partial(_stack, parts=parts))
 
 
 def split_rows(configs: Mapping[str, DataConfig], batch_size: int, process_count: int = 1) -> list[int]:

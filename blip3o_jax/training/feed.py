@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -30,17 +32,29 @@ def open_loader(config: ConfigDict, architecture: Blip3oConfig, start_step: int)
   """This process's part of the batches, from `start_step` on.
 
   Raises:
-    UserError: missing data or tokenizer; conversations for a backbone other than Qwen2.5-VL.
+    UserError: missing data or tokenizer, on any process; conversations for a backbone other than Qwen2.5-VL.
   """
-  return pipeline.make_loader(
-    config.data.to_dict(),
-    batch_size=config.batch_size,
-    seed=config.seed,
-    start_step=start_step,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    **preparation(config, architecture),
-  )
+  configs, reading = pipeline.parse(config.data.to_dict())
+  groups, error = [], None
+  try:
+    tools = preparation(config, architecture)
+    groups = pipeline.open_groups(configs, config.batch_size, config.seed, jax.process_count(), **tools)
+  except UserError as raised:
+    error = raised
+  _agree([group.mixture.sizes() for group in groups], error)
+  return iter(pipeline.read(groups, reading, start_step, jax.process_index()))
+
+
+def _agree(sizes: list[dict[str, int]], error: UserError | None) -> None:
+  """Raise on every process if one has no data or other data: left alone, the rest would wait for it for ever."""
+  seen = np.uint32(0 if error else zlib.crc32(repr([list(size.values()) for size in sizes]).encode()) | 1)
+  everyone = multihost_utils.process_allgather(seen).reshape(-1) if jax.process_count() > 1 else np.array([seen])
+  if error:
+    raise error
+  if lacking := np.flatnonzero(everyone == 0).tolist():
+    raise UserError(f"processes {lacking} could not open their data; each tells why on its own host")
+  if other := np.flatnonzero(everyone != everyone[0]).tolist():
+    raise UserError(f"processes {other} see other data than process 0; here: {sizes}. Give all hosts the same files")
 
 
 def preparation(config: ConfigDict, architecture: Blip3oConfig) -> dict[str, Any]:
@@ -76,12 +90,12 @@ class Prefetch:
   manager.
 
   Attributes:
-    counts: rows of this process so far, by name of COUNTED, that were replaced by others, or cut to fit.
+    counts: `rows_replaced` by others and `rows_cut` to fit, of this process since it began.
   """
 
   def __init__(self, loader: Iterator[dict[str, Any]], sharding: NamedSharding):
     self._loader, self._sharding = loader, sharding
-    self.counts = dict.fromkeys(COUNTED, 0)
+    self.counts = {f"rows_{name}": 0 for name in COUNTED}
     self._queue: queue.Queue = queue.Queue(maxsize=1)
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
@@ -102,13 +116,13 @@ class Prefetch:
     if isinstance(item, BaseException):
       raise item
     batch, counts = item
-    self.counts = {name: self.counts[name] + counts[name] for name in COUNTED}
+    self.counts = {name: self.counts[name] + count for name, count in counts.items()}
     return batch
 
   def _run(self) -> None:
     try:
       for batch in self._loader:
-        if not self._put((self._place(batch), {name: _count(batch, name) for name in COUNTED})):
+        if not self._put((self._place(batch), {f"rows_{name}": _count(batch, name) for name in COUNTED})):
           return
       self._put(RuntimeError("the data loader ended; a training loader must go on for ever"))
     except BaseException as error:  # to be raised in the training thread
@@ -135,7 +149,7 @@ class Prefetch:
 
 def _count(batch: dict[str, Any], name: str) -> int:
   return sum(
-    _count(rows, name) if isinstance(rows, dict) else np.count_nonzero(rows)
+    _count(rows, name) if isinstance(rows, dict) else int(np.count_nonzero(rows))
     for key, rows in batch.items()
     if key == name or isinstance(rows, dict)
   )

@@ -44,7 +44,7 @@ class MetricLog:
     self.bad = 0  # steps without a finite loss or gradient, in a row up to the last one reported
     self._timing, self._devices = timing, devices
     self._steps, self._every, self._batch, self._max_bad = steps, every, batch_size, max_bad
-    self._pending: tuple[int, Any, float | None] | None = None
+    self._pending: tuple[int, Any, float | None, Mapping[str, int]] | None = None
     self._last_step, self._flops = start, 0.0
     self._writes = jax.process_index() == 0
     self._board = _tensorboard(workdir) if tensorboard and self._writes else None
@@ -56,20 +56,27 @@ class MetricLog:
       temporary.replace(self.path)
       self._file = self.path.open("a")
 
-  def add(self, step: int, scalars: Mapping[str, jax.Array], flops: float | None = None) -> None:
-    """Hand in the scalars of the step just dispatched, and its operations if known; reports the one before.
+  def add(
+    self,
+    step: int,
+    scalars: Mapping[str, jax.Array],
+    flops: float | None = None,
+    counts: Mapping[str, int] | None = None,
+  ) -> None:
+    """Hand in the scalars of the step just dispatched, its operations if known, and what was counted of its data;
+    reports the one before.
 
     Raises:
       UserError: too many steps in a row without a finite loss.
     """
     self.flush()
-    self._pending = (step, scalars, flops)
+    self._pending = (step, scalars, flops, counts or {})
 
   def flush(self) -> None:
     """Report what is pending (waits for the device)."""
     if self._pending is None:
       return
-    step, scalars, flops = self._pending
+    step, scalars, flops, counts = self._pending
     self._pending = None
     values = {key: value.item() for key, value in jax.device_get(dict(scalars)).items()}
     self._flops += flops or 0.0
@@ -83,12 +90,12 @@ class MetricLog:
     if step != 1 and step % self._every and step != self._steps:
       return
     speed = self._speed(step)
-    self.last = {"step": step, "loss": values["loss"], **values, **speed}
+    self.last = {"step": step, "loss": values["loss"], **values, **speed, **counts}
     if not self._writes:
       return
     self._file.write(json.dumps(self.last) + "\n")
     self._file.flush()
-    print(self._line(step, values, speed), flush=True)
+    print(self._line(step, values | {k: n for k, n in counts.items() if n}, speed), flush=True)
     if self._board is not None:
       self._board.write_scalars(step, self.last)
 

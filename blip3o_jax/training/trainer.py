@@ -159,10 +159,10 @@ def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> Trai
       raise Preempted(f"stopped after step {done} of {config.steps}; saved in {workdir}, run the same command again")
 
     with (
-      Prefetch(loader, rules.batch_sharding(mesh)) as batches,
+      Prefetch(loader, rules.batch_sharding(mesh)) as prefetch,
       Profile(workdir / "profile", start + 3, config.profile) as profile,
     ):
-      step = program.step
+      batches, step = prefetch, program.step
       if buckets := tuple(config.data.get("buckets", ())):
         batches = Buckets(batches, buckets, rules.batch_sharding(mesh))
         with timing.lost("compile"):
@@ -182,7 +182,7 @@ def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> Trai
           timing.lost("compile") if first else contextlib.nullcontext(),
         ):
           train_state, scalars = step(train_state, frozen, batch)
-        log.add(done, scalars, program.flops(batch))
+        log.add(done, scalars, program.flops(batch), prefetch.counts)
         profile.after(done, scalars)
         store.settle(wait=False)
         if stop.requested or (jax.process_count() > 1 and store.reached_preemption(done)):

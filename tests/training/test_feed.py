@@ -1,35 +1,43 @@
 """What the loader is told about pictures, for each kind of backbone; what reaches the devices and what is counted."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
 import tiny
 
+from blip3o_jax.data import shapes_corpus
 from blip3o_jax.errors import UserError
 from blip3o_jax.training import feed
 from blip3o_jax.training.defaults import default_config
 
 
-def asked_for(monkeypatch, task, backbone):
-  """The arguments of the loader."""
+def asked_for(task, backbone):
+  """What the pipeline is given of the model."""
   config = default_config()
   config.init_from, config.tokenizer = "", ""
   config.data.task, config.data.path = task, "shards"
-  monkeypatch.setattr(feed.pipeline, "make_loader", lambda data, **arguments: arguments)
-  return feed.open_loader(config, tiny.config(**tiny.BACKBONES[backbone]), 0)
+  return feed.preparation(config, tiny.config(**tiny.BACKBONES[backbone]))
 
 
-def test_the_tower_of_qwen_says_how_pictures_are_cut(monkeypatch):
-  asked = asked_for(monkeypatch, "conversations", "qwen2_5_vl")
+def test_the_tower_of_qwen_says_how_pictures_are_cut():
+  asked = asked_for("conversations", "qwen2_5_vl")
   vision = tiny.config().backbone.vision
   assert (asked["window_size"], asked["processor"].patch_size) == (vision.window_size, vision.patch_size)
 
 
 @pytest.mark.parametrize("backbone", ["qwen3_siglip", "llama"])
-def test_other_backbones_learn_to_draw_but_not_from_conversations(monkeypatch, backbone):
-  assert "processor" not in asked_for(monkeypatch, "generation", backbone)
+def test_other_backbones_learn_to_draw_but_not_from_conversations(backbone):
+  assert "processor" not in asked_for("generation", backbone)
   with pytest.raises(UserError, match="Qwen2.5-VL's tower alone"):
-    asked_for(monkeypatch, "conversations", backbone)
+    asked_for("conversations", backbone)
+
+
+SIZES = ("contrastive", "pretrain", "instruct", "understanding", "text_only", "held_out")
 
 
 def test_groups_stay_groups_and_what_only_counts_is_counted():
@@ -42,5 +50,46 @@ def test_groups_stay_groups_and_what_only_counts_is_counted():
   with feed.Prefetch(batches(), sharding) as prefetch:
     batch = next(prefetch)
     assert jax.tree.map(lambda x: x.shape, batch) == {"draw": {"pixels": (2, 4)}, "see": {"tokens": (2, 3)}}
-    assert prefetch.counts == {"replaced": 2, "cut": 4}
-    assert set(next(prefetch)) == {"pixels"} and prefetch.counts == {"replaced": 3, "cut": 4}
+    assert prefetch.counts == {"rows_replaced": 2, "rows_cut": 4}
+    assert set(next(prefetch)) == {"pixels"} and prefetch.counts == {"rows_replaced": 3, "rows_cut": 4}
+
+
+CHILD = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 1)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import tiny
+from blip3o_jax.errors import UserError
+from blip3o_jax.training import feed
+from blip3o_jax.training.defaults import default_config
+
+for path in sys.argv[3:]:
+  config = default_config()
+  config.batch_size, config.data = 2, {"task": "images", "path": path}
+  try:
+    batch = next(feed.open_loader(config, tiny.config(), 0))
+    print("ok", batch["pixels"].shape[0], flush=True)
+  except UserError as error:
+    print(error, flush=True)
+"""
+
+
+def test_a_host_without_data_or_with_other_data_stops_all_of_them(tmp_path):
+  shapes_corpus.make_shapes(tmp_path / "a", **dict.fromkeys(SIZES, 0) | {"pretrain": 4})
+  shapes_corpus.make_shapes(tmp_path / "b", **dict.fromkeys(SIZES, 0) | {"pretrain": 5})
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  a, b, none = (str(tmp_path / name / "pretrain") for name in ("a", "b", "none"))
+  paths = [(none, a, a), (a, b, a)]  # of three runs, on each of two processes
+  words = [sys.executable, "-c", CHILD, address]
+  environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+  processes = [
+    subprocess.Popen([*words, str(i), *paths[i]], stdout=subprocess.PIPE, text=True, env=environment) for i in range(2)
+  ]
+  said = [process.communicate(timeout=120)[0].splitlines() for process in processes]
+  first, second = ([line for line in lines if not line.startswith("[Gloo]")] for lines in said)
+  assert "nothing at" in first[0] and second[0].startswith("processes [0] could not open their data")
+  assert all(lines[1].startswith("processes [1] see other data than process 0") for lines in (first, second))
+  assert first[2] == second[2] == "ok 1"

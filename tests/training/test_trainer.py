@@ -24,12 +24,12 @@ def toy_world(monkeypatch):
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-  """An uninterrupted run: {step: loss}, and its parameters."""
+  """An uninterrupted run: {step: loss}, its parameters, its directory."""
   workdir = tmp_path_factory.mktemp("whole")
   with pytest.MonkeyPatch.context() as patch:
     toy.install(patch.setattr)
     trainer.train(toy.config(ema_decay=0.9), workdir)
-  return toy.losses(workdir), dict(np.load(workdir / "model/params.npz"))
+  return toy.losses(workdir), dict(np.load(workdir / "model/params.npz")), workdir
 
 
 def stop_at(monkeypatch, step):
@@ -45,7 +45,7 @@ def stop_at(monkeypatch, step):
 
 
 def test_it_learns_and_leaves_a_model(whole, tmp_path, capsys):
-  losses, params = whole
+  losses, params, _ = whole
   assert list(losses) == list(range(1, 31)) and losses[30] < 0.7 * losses[1]
   assert set(params) == {"enc/kernel", "enc/bias", "head/kernel", "head/bias"}
 
@@ -71,8 +71,8 @@ def test_a_loader_that_dies_of_the_same_signal_loses_nothing(whole, tmp_path, mo
 
   taken, add = threading.Event(), trainer.metrics.MetricLog.add
 
-  def note(log, step, scalars, flops):
-    add(log, step, scalars, flops)
+  def note(log, step, *rest):
+    add(log, step, *rest)
     if step == 13:
       taken.set()
 
@@ -109,6 +109,12 @@ def test_a_crash_goes_back_to_the_last_save(whole, tmp_path, monkeypatch):
     file.write('{"step": 18, "lo')  # as a kill leaves it
   trainer.train(toy.config(ema_decay=0.9), tmp_path)
   assert toy.losses(tmp_path) == whole[0]
+
+
+def test_what_is_counted_of_the_data_is_logged(whole):
+  """Two of the toy's sixteen rows say that something was cut."""
+  lines = trainer.metrics.read(whole[2] / "metrics.jsonl")
+  assert [(line["rows_cut"], line["rows_replaced"]) for line in lines] == [(2 * line["step"], 0) for line in lines]
 
 
 def test_finished_run_returns_at_once(tmp_path, monkeypatch, capsys):
