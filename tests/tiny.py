@@ -5,9 +5,12 @@ import functools
 import jax
 import numpy as np
 
+from blip3o_jax.diffusion.dpm_solver import DPMSolverConfig
 from blip3o_jax.models import presets
+from blip3o_jax.models.autoencoder_dc import AutoencoderDCConfig, DCLevel
 from blip3o_jax.models.blip3o import COMPONENTS, Blip3o, Blip3oConfig
 from blip3o_jax.models.qwen3_siglip import Qwen3SiglipConfig
+from blip3o_jax.models.sana import SanaConfig
 from blip3o_jax.models.siglip import SiglipConfig
 from blip3o_jax.models.text_decoder import RopeScaling, TextDecoderConfig
 from blip3o_jax.porting import source
@@ -75,7 +78,7 @@ BACKBONES = {
     "backbone": Qwen3SiglipConfig(
       text=TextDecoderConfig(**_TEXT, qk_norm=True, tie_embeddings=True),
       vision=SiglipConfig(image_size=8, patch_size=4, width=16, layers=1, heads=2, mlp_dim=16, head=False),
-      image_token=635,
+      image_token=639,
     )
   },
   "llama": {
@@ -84,6 +87,47 @@ BACKBONES = {
     )
   },
 }
+
+
+# What else a model may be: overrides of whole fields, as above. Latents of the Sana pair are 8 x 8.
+VARIANTS = BACKBONES | {
+  "clip_mse": {"design": "clip_mse"},
+  "vae_flow": {"design": "vae_flow", "dit": OVERRIDES["dit"] | {"in_channels": 4, "grid": [4, 4]}},
+  "sana": {
+    "clip": SiglipConfig(
+      image_size=16, patch_size=4, width=16, layers=2, heads=2, mlp_dim=16, head=False, pool_stride=2
+    ),
+    "unet": SanaConfig(
+      in_channels=4,
+      out_channels=4,
+      layers=1,
+      heads=2,
+      head_size=8,
+      cross_heads=2,
+      cross_head_size=8,
+      mlp_dim=16,
+      condition_dim=16,
+      source_dim=16,
+    ),
+    "vae": AutoencoderDCConfig(
+      (DCLevel(8, 1), DCLevel(8, 1)), (DCLevel(8, 1), DCLevel(8, 1)), latent_channels=4, head_size=4
+    ),
+    "decoder_process": DPMSolverConfig(),
+  },
+}
+
+
+def variant(*names) -> dict:
+  """The overrides of several variants, the later ones upon the earlier."""
+  return functools.reduce(lambda a, b: a | VARIANTS[b], names, {})
+
+
+def written(*names) -> dict:
+  """`preset` and `overrides`, as files hold them, of a model of these variants; its CLIP encoder is ready-made."""
+  cfg = config(**variant(*names), text_tower=None)
+  preset = {"llama": "blip3o-study", "qwen3_siglip": "blip3o-qwen3-siglip2"}
+  name = "blip3o-siglip2-sana" if "sana" in names else next((preset[n] for n in names if n in preset), "blip3o-4b")
+  return {"preset": name, "overrides": presets.difference(presets.get(name), cfg)}
 
 
 def config(**changes) -> Blip3oConfig:
@@ -96,7 +140,7 @@ def model(**changes) -> Blip3o:
 
 
 @functools.cache
-def params(seed: int = 0, backbone: str = "qwen2_5_vl"):
+def params(seed: int = 0, *variants: str):
   """{component: tree} of all components: kernels of variance 1 / fan-in, nothing at its usual zero or one."""
   rng = np.random.default_rng(seed)
 
@@ -107,7 +151,7 @@ def params(seed: int = 0, backbone: str = "qwen2_5_vl"):
       return noise / np.sqrt(np.float32(np.prod(x.shape[-2:-1])))
     return 1 + 0.1 * noise if name == "scale" else 0.5 * noise
 
-  return jax.tree_util.tree_map_with_path(draw, source.abstract_params(config(**BACKBONES[backbone]), COMPONENTS))
+  return jax.tree_util.tree_map_with_path(draw, source.abstract_params(config(**variant(*variants)), COMPONENTS))
 
 
 _jit = jax.jit  # a test may put the function below in its place

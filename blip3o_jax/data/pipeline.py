@@ -17,10 +17,10 @@ import grain
 import numpy as np
 from absl import flags
 
-from blip3o_jax.data import templates, transforms, vision
+from blip3o_jax.data import templates, transforms
 from blip3o_jax.data.mixture import Mixture
+from blip3o_jax.data.pictures import Pictures, QwenPictures
 from blip3o_jax.data.sources import SourceConfig, open_source
-from blip3o_jax.data.vision import ImageProcessor
 from blip3o_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,8 @@ class DataConfig:
 
   task: images | captions | generation | conversations.
   path: what data.sources.SourceConfig.path is, where there is one source; else `sources`: its fields by name of source.
-  image_size: side of `pixels`; resize: crop | squash. max_length: tokens a row. max_patches: patches a row.
+  image_size: side of `pixels`; resize: crop | squash. max_length: tokens a row. max_patches: patches a row, where
+  pictures may have any size (Qwen2.5-VL).
   buckets: shorter lengths to which training cuts a batch whose rows all fit (see training.feed.Buckets); () = never.
   form, wording: see templates.generation_prompt.
   rows: of a group, its part of every batch: a batch of `groups` with rows 3 and 1 is three quarters of the first.
@@ -87,8 +88,7 @@ def make_dataset(
   process_index: int = 0,
   process_count: int = 1,
   tokenizer=None,
-  processor: ImageProcessor | None = None,
-  window_size: int = 112,
+  pictures: Pictures | None = None,
 ) -> grain.IterDataset:
   """Endless batches of this process, from step `start_step` on (any start costs the same).
 
@@ -96,7 +96,7 @@ def make_dataset(
     cfg: fields of DataConfig and Reading; or of Reading and `groups`: DataConfigs by name, for several tasks at once.
     batch_size: B, over all processes and groups.
     tokenizer: data.tokenizer.Tokenizer; every task but images needs it.
-    processor, window_size: the picture layout of the understanding tower, for conversations (see data.vision).
+    pictures: what prepares them for the understanding tower; conversations need it.
 
   Returns:
     An endless Grain dataset of dicts with the keys of the task (DESIGN part 3), each [B / process_count, ...],
@@ -107,7 +107,7 @@ def make_dataset(
     UserError: unknown keys, missing files, a batch that does not divide, fewer samples than a batch takes.
   """
   configs, reading = parse(cfg)
-  tools = {"tokenizer": tokenizer, "processor": processor, "window_size": window_size}
+  tools = {"tokenizer": tokenizer, "pictures": pictures}
   groups = open_groups(configs, batch_size, seed, process_count, **tools)
   return read(groups, reading, start_step, process_index)
 
@@ -283,26 +283,25 @@ def _warn(error: UserError) -> None:
 # ---- one sample
 
 
-def make_builder(
-  cfg: DataConfig, tokenizer=None, processor: ImageProcessor | None = None, window_size: int = 112
-) -> Callable[[dict], dict]:
+def make_builder(cfg: DataConfig, tokenizer=None, pictures: Pictures | None = None) -> Callable[[dict], dict]:
   """The function from a record of a source to the arrays of one sample, for `cfg.task`."""
   builders = {"images": _Images, "captions": _Captions, "generation": _Generation, "conversations": _Conversations}
   if cfg.task not in builders:
     raise UserError(f"data task {cfg.task!r} is unknown; choose one of {', '.join(builders)}")
   if cfg.task != "images" and tokenizer is None:
     raise UserError(f"data task {cfg.task} needs a tokenizer")
-  if cfg.task == "conversations" and (processor is None or not cfg.max_patches):
-    raise UserError("data task conversations needs an image processor and max_patches")
-  return builders[cfg.task](cfg, tokenizer, processor, window_size)
+  if cfg.task == "conversations" and pictures is None:
+    raise UserError("data task conversations needs a backbone that sees pictures: Qwen2.5-VL, or Qwen3 with SigLIP2")
+  if cfg.task == "conversations" and isinstance(pictures, QwenPictures) and not cfg.max_patches:
+    raise UserError("data task conversations needs max_patches for Qwen2.5-VL, whose pictures have any size")
+  return builders[cfg.task](cfg, tokenizer, pictures)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Builder:
   cfg: DataConfig
   tokenizer: Any
-  processor: ImageProcessor | None
-  window_size: int
+  pictures: Pictures | None
 
   def pixels(self, record: dict) -> np.ndarray:
     if not record.get("image"):
@@ -359,33 +358,18 @@ class _Generation(_Builder):
 
 
 class _Conversations(_Builder):
-  """tokens, token_mask, labels [L], positions [3, L], and the patches of the row's picture, if it has one."""
+  """tokens, token_mask, labels [L], positions [3, L], and the arrays of the row's picture (see data.pictures)."""
 
   def __call__(self, record: dict) -> dict[str, np.ndarray]:
-    cfg, merge = self.cfg, self.processor.merge_size
-    numbers = {"merge_size": merge, "window_size": self.window_size, "patch_size": self.processor.patch_size}
-    if record.get("image"):
-      patches, grid = self.processor(transforms.decode(record["image"], record["name"]))
-    else:
-      patches, grid = (
-        np.zeros((0, 3 * self.processor.temporal_patch_size * self.processor.patch_size**2)),
-        np.zeros((0, 3)),
-      )
-    seen = vision.pad_rows([(patches, grid)], length=cfg.max_patches, images=1, **numbers)
-    tokens, labels = templates.conversation(
-      self.tokenizer, _turns(record), [len(patches) // merge**2] if record.get("image") else []
-    )
+    cfg, pictures = self.cfg, self.pictures
+    seen = [pictures.read(transforms.decode(record["image"], record["name"]))] if record.get("image") else []
+    arrays = pictures.rows([seen], tokens=cfg.max_patches // pictures.patches_a_token, images=1)
+    tokens, labels = templates.conversation(self.tokenizer, _turns(record), [pictures.place(x) for x in seen])
     row = self.row(tokens) | {"labels": _pad(labels, cfg.max_length, templates.IGNORE)}
     if not (row["labels"] != templates.IGNORE).any():
       raise UserError(f"{record['name']} has no answer within {cfg.max_length} tokens")
-    positions, _ = vision.rope_index(
-      row["tokens"][None],
-      row["token_mask"][None],
-      seen["grid_thw"],
-      image_token=self.tokenizer.image_pad,
-      merge_size=merge,
-    )
-    return row | {"positions": positions[0]} | {key: value[0] for key, value in seen.items()}
+    positions = pictures.positions(row["tokens"][None], row["token_mask"][None], arrays)
+    return row | {"positions": positions[0]} | {key: value[0] for key, value in arrays.items()}
 
 
 def _turns(record: dict) -> list[tuple[str, str]]:

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from blip3o_jax.data import shapes, shapes_questions, templates
-from blip3o_jax.data.tokenizer import train_tokenizer
+from blip3o_jax.data.tokenizer import QWEN, train_tokenizer
 from blip3o_jax.errors import UserError
 
 VERSION = 5  # of what is drawn: another version is another corpus
@@ -166,7 +166,7 @@ def _write_understanding(folder: Path, seed: int, pictures: int, text_only: int,
 def tokenizer_texts() -> list[str]:
   """Texts that hold every word of the built-in world and of the chat templates, to train a tokenizer on."""
   rng = _rng(0, "tokenizer", 0)
-  texts = {templates.message("system", templates.SYSTEM), "user\n", "assistant\n", templates.RECONSTRUCT}
+  texts = {QWEN.message("system", templates.SYSTEM), "user\n", "assistant\n", templates.RECONSTRUCT}
   for _ in range(2000):
     scene = shapes.sample_scene(rng)
     turns = shapes_questions.about_picture(scene, rng, 6) + shapes_questions.about_captions(rng)

@@ -17,46 +17,41 @@ FORMS = ("inference", "training")
 IGNORE = -100  # label of a token that is no answer
 
 
-def message(role: str, content: str) -> str:
-  """One finished message."""
-  return f"<|im_start|>{role}\n{content}<|im_end|>\n"
-
-
-def place_images(text: str, image_tokens: Sequence[int]) -> str:
-  """Every "<image>" of a text becomes the place of a picture of so many tokens, in order.
+def place_images(text: str, places: Sequence[str]) -> str:
+  """Every "<image>" of a text becomes the place of a picture (see data.pictures), in order.
 
   Raises:
     UserError: the number of "<image>" is not the number of pictures.
   """
   first, *rest = text.split("<image>")
-  if len(rest) != len(image_tokens):
-    raise UserError(
-      f"{len(image_tokens)} pictures but {len(rest)} <image> in {text[:60]!r}; write one for each picture"
-    )
-  pads = ["<|image_pad|>" * n for n in image_tokens]
-  return first + "".join(f"<|vision_start|>{pad}<|vision_end|>{part}" for pad, part in zip(pads, rest, strict=True))
+  if len(rest) != len(places):
+    raise UserError(f"{len(places)} pictures but {len(rest)} <image> in {text[:60]!r}; write one for each picture")
+  return first + "".join(place + part for place, part in zip(places, rest, strict=True))
 
 
 def chat_prompt(
-  tokenizer, messages: Sequence[tuple[str, str]], image_tokens: Sequence[Sequence[int]] | None = None
+  tokenizer, messages: Sequence[tuple[str, str]], places: Sequence[Sequence[str]] | None = None
 ) -> list[int]:
   """Tokens of a dialogue up to where the assistant answers.
 
   Args:
     messages: (role, text) each; "<image>" where a picture lies. Without a first "system" one, `SYSTEM` is said.
-    image_tokens: for every message the tokens of each of its pictures after merging; None: no pictures at all, and
-      "<image>" is a word like any other.
+    places: for every message what stands for each of its pictures; None: no pictures at all, and "<image>" is a word
+      like any other.
   """
-  tokens = [] if messages and messages[0][0] == "system" else tokenizer.encode(message("system", SYSTEM))
-  for (role, text), counts in zip(messages, image_tokens or [None] * len(messages), strict=True):
-    tokens += tokenizer.encode(message(role, text if counts is None else place_images(text, counts)))
-  return tokens + tokenizer.encode("<|im_start|>assistant\n")
+  chat = tokenizer.chat
+  tokens = tokenizer.encode(chat.before)
+  if not messages or messages[0][0] != "system":
+    tokens += tokenizer.encode(chat.message("system", SYSTEM))
+  for (role, text), own in zip(messages, places or [None] * len(messages), strict=True):
+    tokens += tokenizer.encode(chat.message(role, text if own is None else place_images(text, own)))
+  return tokens + tokenizer.encode(chat.header.format(role="assistant"))
 
 
 def drawing_prompt(
   tokenizer,
   messages: Sequence[tuple[str, str]],
-  image_tokens: Sequence[Sequence[int]] | None = None,
+  places: Sequence[Sequence[str]] | None = None,
   *,
   form: str = "inference",
 ) -> list[int]:
@@ -64,14 +59,14 @@ def drawing_prompt(
   queries.
 
   Args:
-    messages, image_tokens: see chat_prompt.
+    messages, places: see chat_prompt.
     form: "inference" stops after the assistant's header. "training" is what the release trains on: two more tokens
       close an empty answer before the image-start token (spec 4.3).
   """
   if form not in FORMS:
     raise UserError(f"form {form!r} is unknown; choose from {FORMS}")
-  tail = tokenizer.encode("<|im_end|>\n") if form == "training" else []
-  return [*chat_prompt(tokenizer, messages, image_tokens), *tail, tokenizer.image_start]
+  tail = tokenizer.encode(tokenizer.chat.end + tokenizer.chat.after) if form == "training" else []
+  return [*chat_prompt(tokenizer, messages, places), *tail, tokenizer.image_start]
 
 
 def worded(caption: str, wording: str = "release") -> str:
@@ -87,7 +82,7 @@ def generation_prompt(
   *,
   form: str = "inference",
   wording: str | None = "release",
-  image_tokens: Sequence[int] = (),
+  places: Sequence[str] = (),
 ) -> list[int]:
   """`drawing_prompt` of one caption.
 
@@ -98,24 +93,25 @@ def generation_prompt(
     UserError: unknown form or wording.
   """
   human = worded(caption, wording) if wording else caption
-  return drawing_prompt(tokenizer, [("user", human)], [image_tokens] if image_tokens else None, form=form)
+  return drawing_prompt(tokenizer, [("user", human)], [places] if places else None, form=form)
 
 
 def conversation(
-  tokenizer, turns: Sequence[tuple[str, str]], image_tokens: Sequence[int] = ()
+  tokenizer, turns: Sequence[tuple[str, str]], places: Sequence[str] = ()
 ) -> tuple[list[int], list[int]]:
-  """Tokens and labels of a whole conversation; labels are the tokens of the answers and their <|im_end|>, else -100.
+  """Tokens and labels of a whole conversation; labels are the tokens of the answers and their ends, else -100.
 
   Args:
     turns: (human, assistant) texts; "<image>" in the first human text is where its pictures lie.
-    image_tokens: tokens of each picture after merging.
+    places: what stands for each picture.
   """
-  tokens = tokenizer.encode(message("system", SYSTEM))
+  chat = tokenizer.chat
+  tokens = tokenizer.encode(chat.before + chat.message("system", SYSTEM))
   labels = [IGNORE] * len(tokens)
   for i, (human, answer) in enumerate(turns):
-    asked = tokenizer.encode(message("user", place_images(human, image_tokens if i == 0 else ())))
-    asked += tokenizer.encode("<|im_start|>assistant\n")
-    said, after = tokenizer.encode(f"{answer}<|im_end|>"), tokenizer.encode("\n")
+    asked = tokenizer.encode(chat.message("user", place_images(human, places if i == 0 else ())))
+    asked += tokenizer.encode(chat.header.format(role="assistant"))
+    said, after = tokenizer.encode(answer + chat.end), tokenizer.encode(chat.after)
     tokens += asked + said + after
     labels += [IGNORE] * len(asked) + said + [IGNORE] * len(after)
   return tokens, labels

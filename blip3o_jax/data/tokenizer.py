@@ -1,5 +1,6 @@
-"""The tokenizer: Qwen2.5's kind (byte-level BPE, NFC), trained small for the built-in world, or loaded."""
+"""The tokenizer: Qwen2.5's kind (byte-level BPE, NFC) trained small for the built-in world, or a model's own."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -27,30 +28,60 @@ _SPLIT = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Chat:
+  """How a family of language models writes a conversation.
+
+  Attributes:
+    tokens: special tokens by which the family is known.
+    before: opens a conversation. header: opens a message of {role}. end: closes what was said. after: lies between two
+      messages. end_of_text: ends a text, and pads.
+  """
+
+  tokens: tuple[str, ...]
+  before: str
+  header: str
+  end: str
+  after: str
+  end_of_text: str
+
+  def message(self, role: str, content: str) -> str:
+    """One finished message."""
+    return self.header.format(role=role) + content + self.end + self.after
+
+
+# Qwen2.5 and Qwen3 (ChatML), and Llama 3.
+QWEN = Chat(QWEN_TOKENS, "", "<|im_start|>{role}\n", "<|im_end|>", "\n", "<|endoftext|>")
+LLAMA = Chat(
+  ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+  "<|begin_of_text|>",
+  "<|start_header_id|>{role}<|end_header_id|>\n\n",
+  "<|eot_id|>",
+  "",
+  "<|end_of_text|>",
+)
+
+
 class Tokenizer:
   """Text <-> token ids. Names of special tokens inside a text become those tokens, as in the release.
 
   Attributes:
-    pad, end, end_of_text: ids of <|endoftext|>, <|im_end|>, <|endoftext|>.
-    image_start: of [IMG], after which the queries come. placeholder: of <image>, which stands for a query.
-    image_pad, video_pad, vision_start, vision_end: around and in place of pictures to be understood.
+    chat: how its family writes a conversation.
+    pad, end, end_of_text: ids of what pads, closes a message, ends a text.
+    image_start: of [IMG], after which the queries come.
   """
 
   def __init__(self, backend: tokenizers.Tokenizer):
-    """Tokens that the release adds are added where missing. Raises UserError when one of Qwen2.5's own is missing."""
-    missing = [name for name in QWEN_TOKENS if backend.token_to_id(name) is None]
-    if missing:
-      raise UserError(f"the tokenizer lacks {', '.join(missing)}; use one of the Qwen2.5-VL family")
+    """Tokens that the release adds are added where missing. Raises UserError for a family that is not known."""
+    missing = {chat: [name for name in chat.tokens if backend.token_to_id(name) is None] for chat in (QWEN, LLAMA)}
+    self.chat = min(missing, key=lambda chat: len(missing[chat]))
+    if lacks := missing[self.chat]:
+      raise UserError(f"the tokenizer lacks {', '.join(lacks)}; use one of the Qwen2.5-VL, Qwen3 or Llama 3 family")
     backend.add_special_tokens([_special(name) for name in IMAGE_TOKENS if backend.token_to_id(name) is None])
     self.backend = backend
-    self.pad = self.end_of_text = backend.token_to_id("<|endoftext|>")
-    self.end = backend.token_to_id("<|im_end|>")
+    self.pad = self.end_of_text = backend.token_to_id(self.chat.end_of_text)
+    self.end = backend.token_to_id(self.chat.end)
     self.image_start = backend.token_to_id("[IMG]")
-    self.placeholder = backend.token_to_id("<image>")
-    self.image_pad = backend.token_to_id("<|image_pad|>")
-    self.video_pad = backend.token_to_id("<|video_pad|>")
-    self.vision_start = backend.token_to_id("<|vision_start|>")
-    self.vision_end = backend.token_to_id("<|vision_end|>")
 
   def __len__(self) -> int:
     return self.backend.get_vocab_size()
@@ -70,14 +101,14 @@ class Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     config = {
       "tokenizer_class": "PreTrainedTokenizerFast",
-      "eos_token": "<|im_end|>",
-      "pad_token": "<|endoftext|>",
+      "eos_token": self.chat.end,
+      "pad_token": self.chat.end_of_text,
       "bos_token": None,
       "unk_token": None,
       "add_bos_token": False,
       "add_prefix_space": False,
       "clean_up_tokenization_spaces": False,
-      "additional_special_tokens": [name for name in (*QWEN_TOKENS, *IMAGE_TOKENS)],
+      "additional_special_tokens": [*self.chat.tokens, *IMAGE_TOKENS],
     }
     for name, content in (
       ("tokenizer.json", self.backend.to_str(pretty=True)),

@@ -1,4 +1,4 @@
-"""Pictures from prompts: query pass, guided DiT loop, guided UNet loop, VAE. Two compiled programs for each shape.
+"""Pictures from prompts: query pass, guided DiT loop, guided decoder loop, VAE. Two compiled programs for each shape.
 
 Random numbers belong to a picture, not to a batch: picture i of a seed draws its noise from its own key, so it is the
 same in any batch. Order of the draws as in the release (spec 6.5): DiT noise, DiT noise of the null prompt, latents.
@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blip3o_jax.diffusion.dpm_solver import DPMSolverConfig, sample_dpm_solver
 from blip3o_jax.diffusion.euler_discrete import sample_euler_discrete
 from blip3o_jax.diffusion.guidance import null_first
 from blip3o_jax.diffusion.solvers import SOLVERS, sample_flow
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.models.unet import UNetConfig
 from blip3o_jax.nn.attention import target_platform
 
 DECODER_NULLS = ("generated", "image", "zeros")
@@ -33,10 +35,10 @@ class Sampling:
   solver: of the DiT: "euler", or "dpm++" of second order for as many evaluations; goes well with exact_times.
   guidance_interval: noise levels, 1 the purest, at which the DiT is guided; elsewhere the null is left out, which saves
   its half of the work.
-  decoder_steps, decoder_guidance, decoder_solver, decoder_interval: the same of the UNet; guidance <= 1 leaves the null
-  condition out.
-  decoder_null: what the UNet's null condition is: "generated" (a picture drawn for " "), "image" (the features of an
-  all-zero normalised image, as in the release's image mode) or "zeros".
+  decoder_steps, decoder_guidance, decoder_solver, decoder_interval: the same of the decoder; guidance <= 1 leaves the
+  null condition out. Sana's "dpm++" is the solver of its release.
+  decoder_null: what the decoder's null condition is: "generated" (a picture drawn for " "), "image" (the features of an
+  all-zero normalised image, for SigLIP2 of a black one, as in the release's image mode) or "zeros".
   form, wording: of the prompt (data.templates).
   """
 
@@ -130,7 +132,7 @@ def draw_features(
   solver: str = "euler",
   interval: tuple[float, float] = (0.0, 1.0),
 ) -> jax.Array:
-  """Prompts -> CLIP features, float32 [B, N, C], row-major (spec 3.3).
+  """Prompts -> CLIP features, or for the design "vae_flow" latents, float32 [B, N, C], row-major (spec 3.3).
 
   Args:
     tokens, mask [B, L], positions [B, 3, L]: prompts that end with the image-start token.
@@ -138,10 +140,14 @@ def draw_features(
     vision: the prompts' pictures under the backbone's `image_keys`; nothing: text alone.
     guidance: v = v_null + guidance (v_cond - v_null), null = zeros, first in the batch; at exactly 1 it is left out.
     solver, interval: see solvers.sample_flow.
+
+  The design "clip_mse" has one answer to a prompt: nothing after `vision` bears on it.
   """
   call = lambda *args, method: model.apply({"params": params}, *args, method=method)
   cfg = model.cfg.dit
   condition = call(tokens, mask, positions, vision, method="query_states")
+  if model.cfg.design == "clip_mse":
+    return call(condition, method="regress").astype(jnp.float32)
   noise = _noise(keys, draw, (*cfg.grid, cfg.in_channels))
   # By size of the batch: one branch, or both. What is not used is not computed.
   conditions = {len(c): c for c in (condition, null_first(condition))}
@@ -165,30 +171,48 @@ def draw_pixels(
   solver: str = "euler",
   interval: tuple[float, float] = (0.0, 1.0),
 ) -> jax.Array:
-  """CLIP features -> pictures, uint8 [B, H, W, 3] (spec 6.3, 6.4).
+  """CLIP features -> pictures, uint8 [B, H, W, 3] (spec 6.3, 6.4; Sana: 7.3).
 
   Args:
     features: [B, N, C]; null: [B, N, C], used if guidance > 1; keys: [B].
-    solver, interval: see euler_discrete.sample_euler_discrete.
+    solver, interval: see euler_discrete.sample_euler_discrete; Sana: solvers.sample_flow.
+
+  Raises:
+    UserError: an interval for Sana's own solver, which guides everywhere.
   """
-  if target_platform() == "cpu":  # see nn.linear.Conv: in a rolled loop a product is far faster there
-    cfg = model.cfg
+  cfg = model.cfg
+  flow = isinstance(cfg.decoder_process, DPMSolverConfig)
+  if target_platform() == "cpu" and isinstance(cfg.unet, UNetConfig):
+    # See nn.linear.Conv: in a rolled loop a product is far faster there.
     model = model.clone(cfg=dataclasses.replace(cfg, unet=dataclasses.replace(cfg.unet, conv_method="matmul")))
   call = lambda *args, method: model.apply({"params": params}, *args, method=method)
-  cfg = model.cfg
-  side = cfg.image_size // cfg.vae.downsampling
-  contexts = {len(c): c.astype(model.dtype) for c in (features, jnp.concatenate([features, null]))}
+  both = jnp.concatenate([null, features] if flow else [features, null])  # each sampler has its own order
+  contexts = {len(c): c.astype(model.dtype) for c in (features, both)}
   projected = {size: call(c, method="project_context") for size, c in contexts.items()}
 
   def predict(latents, t):
     size = len(latents)
     return call(latents.astype(model.dtype), t, contexts[size], projected[size], method="unet_predict")
 
+  side = cfg.image_size // cfg.vae.downsampling
   noise = _noise(keys, 2, (side, side, cfg.unet.in_channels))
-  settings = {"steps": steps, "guidance": guidance, "solver": solver, "interval": interval}
-  sample = sample_euler_discrete(predict, noise, cfg.decoder_process, **settings)
-  images = call(sample.latents / cfg.vae.scaling_factor + cfg.vae.shift, method="vae_decode").astype(jnp.float32)
-  return jnp.round(jnp.clip(images / 2 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+  settings = {"steps": steps, "guidance": max(guidance, 1.0) if flow else guidance}
+  if flow and solver == "dpm++":
+    if interval != (0.0, 1.0):
+      raise UserError('decoder_interval does not go with "dpm++" of Sana; take decoder_solver "euler"')
+    sample = sample_dpm_solver(predict, noise, cfg.decoder_process, **settings)
+  elif flow:
+    sample = sample_flow(predict, noise, **settings, truncate_times=False, interval=interval)
+  else:
+    sample = sample_euler_discrete(predict, noise, cfg.decoder_process, **settings, solver=solver, interval=interval)
+  return call(sample.latents, method="latent_pictures")
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def draw_latents(model: Blip3o, params, latents) -> jax.Array:
+  """Latents [B, N, C] of the design "vae_flow", row-major -> pictures, uint8 [B, H, W, 3]."""
+  grid = latents.reshape(latents.shape[0], *model.cfg.dit.grid, -1)
+  return model.apply({"params": params}, grid, method="latent_pictures")
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

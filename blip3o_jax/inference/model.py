@@ -14,15 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax.data import transforms, vision
+from blip3o_jax.data import transforms
+from blip3o_jax.data.pictures import Pictures
 from blip3o_jax.data.templates import RECONSTRUCT
-from blip3o_jax.data.tokenizer import load_tokenizer
+from blip3o_jax.data.tokenizer import Tokenizer, load_tokenizer
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference import image as drawing
 from blip3o_jax.inference import text as talking
 from blip3o_jax.inference.prompts import Dialogue, Picture, Prompts, Row
-from blip3o_jax.models.blip3o import BACKBONES, Blip3o
+from blip3o_jax.models.blip3o import BACKBONES, DESIGNS, Blip3o
 from blip3o_jax.porting.locate import open_model
+from blip3o_jax.porting.preprocessor import open_pictures
 from blip3o_jax.porting.source import abstract_params
 from blip3o_jax.sharding import rules
 
@@ -54,8 +56,8 @@ def load(
   return Model(
     Blip3o(source.config(), dtype=jnp.dtype(dtype)),
     source.read(names, abstract_params(source.config(), names, mesh=mesh), dtype=jnp.dtype(dtype)),
-    load_tokenizer(source.tokenizer_dir()),
-    vision.ImageProcessor.from_reference(source.image_preprocessor()),
+    load_tokenizer(source.tokenizer_dir()) if "backbone" in names else None,
+    open_pictures(source.config(), source.image_preprocessor()),
     replaced(drawing.Sampling(), source.sampling),
     name=source.name,
     mesh=mesh,
@@ -74,17 +76,17 @@ class Model:
     self,
     model: Blip3o,
     params: Any,
-    tokenizer,
-    processor,
+    tokenizer: Tokenizer | None,
+    pictures: Pictures | None,
     sampling: drawing.Sampling,
     *,
     name: str = "",
     mesh: jax.sharding.Mesh | None = None,
   ):
-    self.model, self.params, self.tokenizer, self.processor = model, params, tokenizer, processor
+    self.model, self.params, self.tokenizer, self.pictures = model, params, tokenizer, pictures
     self.sampling, self.name, self.mesh = sampling, name, mesh
     self.batch_size = 32
-    self.prompts = Prompts(model.cfg, tokenizer, processor, name)
+    self.prompts = Prompts(model.cfg, tokenizer, pictures, name)
 
   # ---- pictures
 
@@ -118,6 +120,7 @@ class Model:
     seeds = [seed] * len(requests) if np.ndim(seed) == 0 else list(seed)
     if len(seeds) != len(requests):
       raise UserError(f"{len(seeds)} seeds for {len(requests)} prompts; give one, or one for each")
+    self._need(*DESIGNS[self.model.cfg.design])
     rows = [_told(i, self.row_to_draw, request, sampling) for i, request in enumerate(requests)]
     work = [(p, i) for p in range(len(rows)) for i in range(num)]
     pictures: list[list[np.ndarray]] = [[] for _ in rows]
@@ -263,18 +266,20 @@ class Model:
     self, rows: Sequence[Row], seeds: Sequence[int], numbers: Sequence[int], sampling: drawing.Sampling
   ) -> jax.Array:
     """Picture numbers[b] of seeds[b] for rows[b]: uint8 [B, H, W, 3], not waited for. B divides over the mesh."""
-    self._need("backbone", "queries", "dit", "unet", "vae")
+    self._need(*DESIGNS[self.model.cfg.design])
     keys = drawing.picture_keys(seeds, numbers)
     batch = self.prompts.batch(rows, draw=True)
     run = functools.partial(self._run, drawing.draw_features, **sampling.of_features())
     features = run(batch.tokens, batch.mask, batch.positions, keys, vision=batch.vision)
+    if self.model.cfg.design == "vae_flow":
+      return self._run(drawing.draw_latents, features)
     if sampling.decoder_guidance <= 1 or sampling.decoder_null == "zeros":
       null = jnp.zeros_like(features)
     elif sampling.decoder_null == "image":
       self._need("clip")
       null = self._blank_features(features)
     else:  # the release: a picture drawn for one space, without any template (spec 6.5)
-      blank = Row.text([*self.tokenizer.encode(" "), self.tokenizer.image_start])
+      blank = Row([*self.tokenizer.encode(" "), self.tokenizer.image_start])
       batch = self.prompts.batch([blank] * len(rows), draw=True, length=batch.tokens.shape[1])
       null = run(batch.tokens, batch.mask, batch.positions, keys, 1, vision=batch.vision)
     return self._decode(features, null, keys, sampling)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from blip3o_jax.data import templates, transforms, vision
+from blip3o_jax.data import templates, transforms
+from blip3o_jax.data.pictures import Pictures
 from blip3o_jax.data.tokenizer import Tokenizer
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.blip3o import BACKBONES, Blip3oConfig
-from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig
 
 Picture = Image.Image | np.ndarray | str | os.PathLike
 Message = Mapping[str, Any]
@@ -29,16 +29,10 @@ LONGEST_TO_DRAW = 4096  # of a request for a picture; the release trained with a
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One request: its tokens, the patches [P, patch_dim] of its pictures, their grids [I, 3]."""
+  """One request: its tokens, and its pictures as the language model takes them (data.pictures)."""
 
   tokens: list[int]
-  patches: np.ndarray
-  grids: np.ndarray
-
-  @classmethod
-  def text(cls, tokens: list[int]) -> "Row":
-    """Tokens without pictures."""
-    return cls(tokens, np.zeros((0, 1), np.float32), np.zeros((0, 3), np.int32))
+  pictures: Sequence[Any] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +55,8 @@ def bucket(length: int) -> int:
 class Prompts:
   """Makes rows for one model, and batches of rows."""
 
-  def __init__(self, cfg: Blip3oConfig, tokenizer: Tokenizer, processor: Any, name: str):
-    self.cfg, self.tokenizer, self.processor, self.name = cfg, tokenizer, processor, name
+  def __init__(self, cfg: Blip3oConfig, tokenizer: Tokenizer, pictures: Pictures | None, name: str):
+    self.cfg, self.tokenizer, self.pictures, self.name = cfg, tokenizer, pictures, name
 
   def to_draw(self, request: str | Dialogue, *, form: str = "inference", wording: str = "release") -> Row:
     """A request for a picture: a caption, which is put in words, or a dialogue, taken as it is.
@@ -84,43 +78,35 @@ class Prompts:
   def batch(self, rows: Sequence[Row], *, draw: bool, length: int = 0) -> Batch:
     """Rows side by side, padded to a bucket of at least `length` tokens.
 
-    draw: positions count on through pictures, as in the release's drawing; else they have rows and columns (M-RoPE).
+    draw: positions count on through pictures, as in the release's drawing; else they are the tower's own (M-RoPE).
     """
     length = bucket(max(length, *(len(row.tokens) for row in rows)))
     mask = np.arange(length) < np.asarray([len(row.tokens) for row in rows])[:, None]
     tokens = [row.tokens + [self.tokenizer.pad] * (length - len(row.tokens)) for row in rows]
     tokens = np.asarray(tokens, np.int32)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (len(rows), 3, length))
-    if not any(len(row.grids) for row in rows):
+    if not any(row.pictures for row in rows):
       return Batch(tokens, mask, positions, {})
-    cfg, merge = self.cfg.backbone, self.processor.merge_size
-    arrays = vision.pad_rows(
-      [(row.patches, row.grids) for row in rows],
-      length=bucket(max(len(row.patches) for row in rows) // merge**2) * merge**2,
-      merge_size=merge,
-      window_size=cfg.vision.window_size,
-      patch_size=cfg.vision.patch_size,
-    )
+    most = max(sum(map(self.pictures.tokens, row.pictures)) for row in rows)
+    arrays = self.pictures.rows([row.pictures for row in rows], tokens=bucket(most))
     if not draw:
-      positions, _ = vision.rope_index(tokens, mask, arrays["grid_thw"], image_token=cfg.image_token, merge_size=merge)
-    return Batch(tokens, mask, positions, {key: arrays[key] for key in BACKBONES[type(cfg)].image_keys})
+      positions = self.pictures.positions(tokens, mask, arrays)
+    keys = BACKBONES[type(self.cfg.backbone)].image_keys
+    return Batch(tokens, mask, positions, {key: arrays[key] for key in keys})
 
   def _row(self, request: Dialogue, template, longest: int, *, squash: bool) -> Row:
     messages, pictures = _read(request)
-    if any(pictures) and not isinstance(self.cfg.backbone, Qwen25VLConfig):
-      raise UserError(f"{self.name} takes requests without pictures only: they are prepared for Qwen2.5-VL alone")
+    if any(pictures) and self.pictures is None:
+      raise UserError(f"{self.name} takes requests without pictures only: its language model does not see")
     if squash:
       side = self.cfg.clip.image_size
       pictures = [[transforms.square(p, side, "squash") for p in row] for row in pictures]
-    read = [[self.processor(picture) for picture in row] for row in pictures]
-    counts = [[int(np.prod(grid)) // self.processor.merge_size**2 for _, grid in row] for row in read]
-    said = template(self.tokenizer, messages, counts if any(pictures) else None)
+    read = [[self.pictures.read(picture) for picture in row] for row in pictures]
+    places = [[self.pictures.place(one) for one in row] for row in read]
+    said = template(self.tokenizer, messages, places if any(pictures) else None)
     if len(said) > longest:
       raise UserError(f"the prompt has {len(said)} tokens, {longest} are the most; shorten it")
-    flat = [one for row in read for one in row]
-    if not flat:
-      return Row.text(said)
-    return Row(said, np.concatenate([patches for patches, _ in flat]), np.stack([grid for _, grid in flat]))
+    return Row(said, tuple(one for row in read for one in row))
 
 
 def _read(request: Dialogue) -> tuple[list[tuple[str, str]], list[list[Image.Image]]]:

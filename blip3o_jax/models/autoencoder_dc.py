@@ -3,7 +3,7 @@ AutoencoderDC; spec part 7.1; Chen et al. 2024, arXiv 2410.10733)."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,8 +20,7 @@ _ACTIVATIONS = {"silu": nn.silu, "swish": nn.silu, "relu": nn.relu}
 _EPS = 1e-5  # of every norm
 
 
-@dataclasses.dataclass(frozen=True)
-class DCLevel:
+class DCLevel(NamedTuple):
   """One resolution: `blocks` blocks of `width` channels. `scales`: sizes of the depthwise kernels beside the plain
   queries, keys and values, for "EfficientViTBlock" alone; `activation` is that of "ResBlock"."""
 
@@ -52,6 +51,16 @@ class AutoencoderDCConfig:
   decoder_in_shortcut: bool = True
   out_activation: str = "relu"
   scaling_factor: float = 0.41407
+
+  def __post_init__(self):
+    for side in ("encoder", "decoder"):  # a file holds a level as a list
+      levels = (DCLevel(*(tuple(v) if isinstance(v, list) else v for v in level)) for level in getattr(self, side))
+      object.__setattr__(self, side, tuple(levels))
+
+  @property
+  def shift(self) -> float:
+    """Of the latents; only AutoencoderKL has one."""
+    return 0.0
 
   @property
   def downsampling(self) -> int:

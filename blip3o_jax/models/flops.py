@@ -94,8 +94,10 @@ def qwen_vision(cfg: VisionConfig, patches: int) -> float:
   return matmul(patches, cfg.patch_dim, cfg.dim) + cfg.layers * layer + attend + merger
 
 
-def clip_encoder(cfg: EvaClipConfig) -> float:
-  """EVA-CLIP on one picture."""
+def clip_encoder(cfg: EvaClipConfig | SiglipConfig) -> float:
+  """The encoder of what is drawn, EVA-CLIP or SigLIP2, on one picture."""
+  if isinstance(cfg, SiglipConfig):
+    return siglip(cfg)
   tokens = cfg.side**2 + 1
   layer = matmul(tokens, cfg.width, 4 * cfg.width) + attention(tokens, tokens, cfg.width)
   layer += matmul(tokens, cfg.width, cfg.mlp_dim, cfg.width)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from blip3o_jax.diffusion.dpm_solver import DPMSolverConfig
 from blip3o_jax.diffusion.euler_discrete import EulerDiscreteConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.autoencoder_dc import AutoencoderDCConfig, DCLevel
@@ -35,6 +36,7 @@ SIGLIP2_SO400M = SiglipConfig(
   image_size=512, patch_size=16, width=1152, layers=27, heads=16, mlp_dim=4304, remat="full"
 )
 SANA_1600M = SanaConfig(remat="full")
+SIGLIP2_TARGET = dataclasses.replace(SIGLIP2_SO400M, head=False, pool_stride=4)
 
 
 def _dc_levels(*blocks: int) -> tuple[DCLevel, ...]:
@@ -128,6 +130,21 @@ def _blip3o(backbone: BackboneConfig, paper: bool) -> Blip3oConfig:
   )
 
 
+def _siglip2_sana() -> Blip3oConfig:
+  """SigLIP2 understands, its pooled features are drawn, and Sana makes pixels of them (spec 7, 8). A DiT of 1152
+  channels, which the branch leaves to do."""
+  base = _blip3o(QWEN3_SIGLIP2, paper=False)
+  return dataclasses.replace(
+    base,
+    dit=dataclasses.replace(base.dit, in_channels=SIGLIP2_TARGET.width),
+    clip=SIGLIP2_TARGET,
+    unet=SANA_1600M,
+    vae=DC_AE_F32C32,
+    decoder_process=DPMSolverConfig(),
+    image_size=512,
+  )
+
+
 def _micro() -> Blip3oConfig:
   """The miniature for the shapes world: the same code with small numbers, in the paper's form (DESIGN part 4)."""
   vocab = 640
@@ -211,6 +228,7 @@ PRESETS: dict[str, Callable[[], Blip3oConfig]] = {
   "blip3o-4b-paper": lambda: _blip3o(QWEN_3B, paper=True),
   "blip3o-study": lambda: _blip3o(LLAMA_1B, paper=True),
   "blip3o-qwen3-siglip2": lambda: _blip3o(QWEN3_SIGLIP2, paper=False),
+  "blip3o-siglip2-sana": _siglip2_sana,
   "micro": _micro,
 }
 

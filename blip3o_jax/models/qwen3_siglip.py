@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.models.qwen2_5_vl import place_image_features
-from blip3o_jax.models.siglip import Siglip, SiglipConfig
+from blip3o_jax.models.siglip import Siglip, SiglipConfig, normalize
 from blip3o_jax.models.text_decoder import KVCache, TextDecoder, TextDecoderConfig, TextOutput
 from blip3o_jax.nn.linear import Dense
 
@@ -103,12 +103,14 @@ class Qwen3Siglip(nn.Module):
     together on an axis of their own, so that they are cut over devices as the rows are.
 
     Args:
-      images: [B, I, S, S, 3], (x - 0.5) / 0.5 of colours in 0..1, padded per row with anything after the real ones.
+      images: [B, I, S, S, 3], uint8, or float and then (x - 0.5) / 0.5 of colours in 0..1 already; padded per row with
+        anything after the real ones.
 
     Returns:
       [B, I n, D] with n = (image_size / patch_size)^2: all of the tower's tokens after its final norm, row-major.
     """
     rows, count = images.shape[:2]
+    images = normalize(images) if images.dtype == jnp.uint8 else images
     x = self.vision_tower(images.reshape(rows * count, *images.shape[2:])).last_hidden_state
     return self.projector(x.reshape(rows, -1, x.shape[-1]))
 

@@ -57,6 +57,11 @@ class SanaConfig:
   def dim(self) -> int:
     return self.heads * self.head_size
 
+  @property
+  def context_dim(self) -> int:
+    """Width of the features that it is given."""
+    return self.source_dim or self.condition_dim
+
   @classmethod
   def from_reference(
     cls,

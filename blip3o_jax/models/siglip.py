@@ -20,7 +20,10 @@ from blip3o_jax.nn.stack import scan_layers
 
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig:
-  """The tower; `head` is the attention pooling to one vector, which nothing in this family reads."""
+  """The tower; `head` is the attention pooling to one vector, which nothing in this family reads.
+
+  pool_stride: side of the squares of tokens that are averaged where the tower's features are to be drawn (spec 7.1).
+  """
 
   image_size: int
   patch_size: int
@@ -30,6 +33,7 @@ class SiglipConfig:
   mlp_dim: int
   norm_eps: float = 1e-6
   head: bool = True
+  pool_stride: int = 1
   remat: str = "none"
 
   @property
@@ -178,6 +182,11 @@ class Siglip(nn.Module):
     (x, penultimate), _ = scan_layers(Block, cfg.layers, remat=cfg.remat)(cfg, name="layers", **kinds)((x, x))
     x = LayerNorm(cfg.norm_eps, name="norm", **kinds)(x)
     return SiglipOutput(penultimate, x, PoolingHead(cfg, name="head", **kinds)(x) if cfg.head else None)
+
+
+def normalize(pixels: jax.Array) -> jax.Array:
+  """uint8 [..., 3] -> float32 (x - 0.5) / 0.5 of colours in 0..1: what the tower sees."""
+  return pixels.astype(jnp.float32) / 127.5 - 1.0
 
 
 def adaptive_pool(features: jax.Array, side: int) -> jax.Array:

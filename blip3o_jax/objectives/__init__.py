@@ -28,7 +28,16 @@ from typing import Any
 
 from blip3o_jax.errors import UserError
 
-NAMES = ("autoencoding", "contrastive", "decoding", "understanding", "generation")
+NAMES = (
+  "autoencoding",
+  "contrastive",
+  "decoding",
+  "flow_decoding",
+  "understanding",
+  "generation",
+  "regression",
+  "joint",
+)
 
 
 def get(name: str) -> types.ModuleType:

@@ -48,8 +48,7 @@ def _loss(params, batch, rng, *, model, drop: float = 0.1, noise: float = 0.0):
   dropped = jax.random.bernoulli(drop_rng, drop, (b, 1, 1))
   context = jnp.where(dropped, null, context)
 
-  mean, _ = call(pixels.astype(jnp.float32) / 127.5 - 1.0, method="vae_encode")
-  latents = (jax.lax.stop_gradient(mean).astype(jnp.float32) - model.cfg.vae.shift) * model.cfg.vae.scaling_factor
+  latents = jax.lax.stop_gradient(call(pixels, method="picture_latents"))
   t = jax.random.randint(time_rng, (b,), 0, process.train_steps)
   added = jax.random.normal(noise_rng, latents.shape)
   noisy = euler_discrete.add_noise(process, latents, added, t)

@@ -1,5 +1,7 @@
 """Generation: flow matching from noise to CLIP features, through the frozen backbone into queries and DiT (spec 3.2).
 
+With the design "vae_flow" the same to the latents of the VAE (paper, 3.3): set `components` to have it in CLIP's place.
+
   x_sigma = (1 - sigma) x1 + sigma noise,   target v = noise - x1,   network time = 1000 sigma
 
 The paper writes the same with t = 1 - sigma and the opposite sign (spec 14). Times are uniform, on the release's grid
@@ -27,8 +29,11 @@ def check(args, trained) -> None:
 def passes(cfg, shapes, args):
   """See objectives."""
   text, length, q = flops.text_of(cfg.backbone), shapes["tokens"][1], cfg.queries
+  target = Pass("clip", 0.0 if "features" in shapes else flops.clip_encoder(cfg.clip), gradient=False)
+  if cfg.design == "vae_flow":
+    target = Pass("vae", flops.vae_encode(cfg.vae, shapes["pixels"][1]), gradient=False)
   return [
-    Pass("clip", 0.0 if "features" in shapes else flops.clip_encoder(cfg.clip), gradient=False),
+    target,
     Pass("backbone", flops.text_decoder(text, length), gradient=not args.get("prefix_pass", True)),
     Pass("backbone", flops.text_decoder(text, q, cached=length)),
     Pass("dit", flops.next_dit(cfg.dit, q)),
@@ -48,7 +53,7 @@ def _loss(
   params, batch, rng, *, model, drop: float = 0.1, times: str = "discrete", shift: float = 1.0, prefix_pass: bool = True
 ):
   call = lambda *args, method, **kwargs: model.apply({"params": params}, *args, method=method, **kwargs)
-  x1 = batch["features"] if "features" in batch else call(batch["pixels"], method="clip_features")
+  x1 = batch["features"] if "features" in batch else call(batch["pixels"], method="image_target")
   x1 = jax.lax.stop_gradient(x1)
   b, n, c = x1.shape
   side = int(n**0.5)

@@ -15,17 +15,17 @@ from ml_collections import ConfigDict
 from blip3o_jax.data import pipeline
 from blip3o_jax.data.outputs import encode_png
 from blip3o_jax.data.tokenizer import load_tokenizer
-from blip3o_jax.data.vision import ImageProcessor
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference import image as drawing
 from blip3o_jax.models import flops, presets
 from blip3o_jax.models.blip3o import Blip3o, Blip3oConfig
 from blip3o_jax.models.flops import Pass, training_flops
-from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig
 from blip3o_jax.porting.locate import open_model
-from blip3o_jax.porting.source import abstract_params, default_preprocessor
+from blip3o_jax.porting.preprocessor import default_preprocessor, open_pictures
+from blip3o_jax.porting.source import abstract_params
 from blip3o_jax.sharding import rules
 from blip3o_jax.training import trainer
+from blip3o_jax.training.feed import COUNTED
 from blip3o_jax.types import Batch, Params
 
 JOBS = ("train", "generate", "cache-features")
@@ -79,21 +79,20 @@ def _train(config: ConfigDict, mesh: Mesh) -> list[Program]:
 
 def abstract_batch(config: ConfigDict, cfg: Blip3oConfig, mesh: Mesh) -> Batch:
   """A batch's shapes, dtypes and sharding: one made-up sample through the very builder that training uses."""
-  data = pipeline.DataConfig(**config.data.to_dict())
+  groups, _ = pipeline.parse(config.data.to_dict())
   tokenizer = load_tokenizer(open_model("micro").tokenizer_dir())  # any one: lengths are the config's
+  pictures = open_pictures(cfg, default_preprocessor(cfg))
   record = {"name": "a sample", "text": "a", "image": _white_png(), "conversations": _CONVERSATION}
-  pictures: tuple = ()
-  if data.task == "conversations":
-    if not isinstance(cfg.backbone, Qwen25VLConfig):
-      raise UserError("data.task conversations prepares pictures for Qwen2.5-VL's tower alone; take such a preset")
-    processor = ImageProcessor.from_reference(default_preprocessor(cfg))
-    pictures, record["image"] = (processor, cfg.backbone.vision.window_size), None
-  sample = pipeline.make_builder(data, tokenizer, *pictures)(record)
-  sharding = rules.batch_sharding(mesh)
-  return {
-    key: jax.ShapeDtypeStruct((config.batch_size, *value.shape), value.dtype, sharding=sharding)
-    for key, value in sample.items()
-  }
+  sharding, batches = rules.batch_sharding(mesh), {}
+  for (name, data), rows in zip(groups.items(), pipeline.split_rows(groups, config.batch_size), strict=True):
+    unseen = {"image": None} if data.task == "conversations" else {}  # its arrays have room for a picture anyway
+    sample = pipeline.make_builder(data, tokenizer, pictures)(record | unseen)
+    batches[name] = {
+      key: jax.ShapeDtypeStruct((rows, *value.shape), value.dtype, sharding=sharding)
+      for key, value in sample.items()
+      if key not in COUNTED
+    }
+  return batches.get("", batches)
 
 
 _CONVERSATION = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "a"}]

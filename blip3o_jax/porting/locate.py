@@ -1,6 +1,5 @@
 """From the name of a model to the model: bundled, a directory, a bucket, the hub (floor 3)."""
 
-import dataclasses
 import functools
 import importlib.resources
 import os
@@ -12,8 +11,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from blip3o_jax.errors import UserError
-from blip3o_jax.models import presets
-from blip3o_jax.porting import model_dir, release
+from blip3o_jax.porting import assemble, model_dir, release
 from blip3o_jax.porting.source import TOKENIZER_FILES, Source
 
 BUNDLED = ("micro",)
@@ -37,26 +35,12 @@ def open_model(name: os.PathLike | str) -> Source:
 
 def open_models(names: Sequence[os.PathLike | str]) -> Source:
   """The models behind several names as one: every part from the first of them that has it, its sizes with it; all else
-  from the first.
+  from the first (see assemble.join).
 
   Raises:
     UserError: as `open_model`.
   """
-  first, *others = [open_model(name) for name in names]
-  for other in others:
-    new = {name: found for name, found in other.weights.items() if name not in first.weights}
-    fields = [*new, *(("decoder_process", "image_size") if "unet" in new else ())]
-    config = dataclasses.replace(first.config(), **{name: getattr(other.config(), name) for name in fields})
-    first = dataclasses.replace(
-      first,
-      name=f"{first.name} and {other.name}",
-      overrides=model_dir.plain(presets.difference(presets.get(first.preset), config)),
-      weights=first.weights | new,
-      entries=first.entries | {name: entry for name, entry in other.entries.items() if name in new},
-      tokenizer=first.tokenizer or other.tokenizer,
-      provenance=first.provenance + other.provenance,
-    )
-  return first
+  return functools.reduce(assemble.join, [open_model(name) for name in names])
 
 
 def convert_model(

@@ -3,7 +3,7 @@
 model.json             preset and overrides, content hash of each component, sampling defaults, provenance
 weights/<component>/   model.safetensors in the reference's key names, or an Orbax tree in ours
 tokenizer/             as transformers reads it
-preprocessor.json      as ImageProcessor.from_reference reads it
+preprocessor.json      as porting.preprocessor reads it
 """
 
 import concurrent.futures
@@ -26,8 +26,9 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
 from blip3o_jax.models.blip3o import Blip3oConfig
 from blip3o_jax.porting import convert, rules, safetensors_io
+from blip3o_jax.porting.preprocessor import default_preprocessor
 from blip3o_jax.porting.safetensors_io import Spec, Stored, Stream, pieces
-from blip3o_jax.porting.source import TOKENIZER_FILES, OrbaxWeights, Source, default_preprocessor
+from blip3o_jax.porting.source import TOKENIZER_FILES, OrbaxWeights, Source
 from blip3o_jax.sharding.distributed import barrier
 from blip3o_jax.types import Params
 

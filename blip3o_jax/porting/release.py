@@ -5,7 +5,7 @@ diffusion-decoder/{unet,vae,scheduler}/  config.json and diffusion_pytorch_model
 tokenizer.json, ..., preprocessor_config.json
 
 Read as well: Qwen2.5-VL-Instruct alone, made ready for the queries; the other backbones (spec part 8), told by their
-keys; EVA-CLIP's file alone; one part that `write` wrote.
+keys; EVA-CLIP's file alone, or SigLIP's; the SigLIP2 + Sana autoencoder (spec 7.3); one part that `write` wrote.
 What the release cannot say (the paper's rotary axes, the miniature's position codes) stands in config.json under OURS.
 """
 
@@ -30,6 +30,7 @@ from blip3o_jax.models.eva_clip import EvaClipConfig
 from blip3o_jax.models.next_dit import NextDiTConfig
 from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig
 from blip3o_jax.models.qwen3_siglip import Qwen3SiglipConfig
+from blip3o_jax.models.siglip import SiglipConfig
 from blip3o_jax.models.text_decoder import TextDecoderConfig
 from blip3o_jax.models.unet import UNetConfig
 from blip3o_jax.porting import model_dir, safetensors_io
@@ -39,11 +40,13 @@ from blip3o_jax.porting.source import Source
 
 OURS = "blip3o_jax"
 DECODER = "diffusion-decoder"
-PARTS = ("backbone", "queries", "dit", "clip", "unet", "vae")
+PARTS = ("backbone", "queries", "dit", "projection", "clip", "unet", "vae")
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 _DIFFUSERS = "diffusion_pytorch_model"
 QWEN_TOKENS = 151665  # of Qwen2.5-VL's own tokenizer (spec 4.1)
 _PUBLISHED = ("blip3o-8b", "blip3o-4b", "blip3o-qwen3-siglip2", "blip3o-study")
+_SIGLIP = "vision_model.embeddings.patch_embedding.weight"
+_AUTOENCODER = "blip3o-siglip2-sana"  # one size is released, and its config tells none
 _SHARD = 5_000_000_000  # bytes, as transformers writes them
 
 
@@ -92,7 +95,7 @@ def open_release(path: os.PathLike | str, name: str = "") -> Source:
     preset, overrides = ours["preset"], ours["overrides"]
   else:
     try:
-      preset, overrides = _describe(_model_config(home, config, weights))
+      preset, overrides = _describe_siglip(config, weights) or _describe(_model_config(home, config, weights))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
       raise UserError(f"{home / _CONFIG}: cannot be understood ({type(error).__name__}: {error})") from error
   return Source(
@@ -109,9 +112,11 @@ def open_release(path: os.PathLike | str, name: str = "") -> Source:
 
 
 def _transformer_parts(reader: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-  """The parts of a checkpoint; EVA-CLIP's own file has no prefix."""
+  """The parts of a checkpoint; EVA-CLIP's own file has no prefix, and SigLIP's has a text tower beside."""
   if {"cls_token", "pos_embed"} <= set(reader):
     return {"clip": reader}
+  if _SIGLIP in reader:
+    return {"clip": Renamed(reader, {key: key for key in reader if key.startswith("vision_model.")})}
   return {part: Renamed(reader, names) for part, names in blip3o.split(reader).items()}
 
 
@@ -149,6 +154,8 @@ def _model_config(home: epath.Path, config: Mapping[str, Any], weights: Mapping[
     parts["dit"] = dataclasses.replace(model.dit, condition_dim=parts["backbone"].dim)
   if "queries" in shapes:
     parts["queries"] = shapes["queries"]["latent_queries"][1]
+  if "projection" in shapes:
+    parts["design"] = "clip_mse"
   if "dit" in shapes:
     parts["dit"] = NextDiTConfig.from_shapes(shapes["dit"])
   if "clip" in shapes:
@@ -187,6 +194,19 @@ def _describe(config: Blip3oConfig) -> tuple[str, dict[str, Any]]:
   """The published preset closest by its backbone, and where the config differs from it."""
   preset = _closest(type(config.backbone), config.backbone.dim)
   return preset, model_dir.plain(presets.difference(presets.get(preset), config))
+
+
+def _describe_siglip(config: Mapping[str, Any], weights: Mapping[str, Mapping]) -> tuple[str, dict[str, Any]] | None:
+  """The same of the SigLIP2 + Sana autoencoder, or of SigLIP alone; None if it is neither."""
+  if "unet" in weights and blip3o.is_autoencoder(weights["unet"]):
+    return _AUTOENCODER, {}
+  tower = weights.get("clip", {})
+  if _SIGLIP not in tower:
+    return None
+  base = presets.get(_AUTOENCODER)
+  clip = SiglipConfig.from_reference(config, {key: spec(tower, key).shape for key in tower})
+  clip = dataclasses.replace(clip, head=False, pool_stride=base.clip.pool_stride)
+  return _AUTOENCODER, model_dir.plain(presets.difference(base, dataclasses.replace(base, clip=clip)))
 
 
 class _ReadyForQueries(Mapping[str, np.ndarray]):
@@ -264,9 +284,13 @@ def write(
     if part not in names:
       raise UserError(f"{source.name}: no part {part!r} to write; choose one of {', '.join(names)}")
     names = (part,)
-  left = [] if part else [name for name in source.components if name not in PARTS]
-  source.check(names)
   config = source.config()
+  kinds = {"clip": EvaClipConfig, "unet": UNetConfig, "vae": AutoencoderKLConfig}  # those that the layout has
+  names = tuple(name for name in names if isinstance(getattr(config, name, None), kinds.get(name, object)))
+  if not names:
+    raise UserError(f"{source.name}: the layout of the release has no place for {part or 'any of its parts'}")
+  left = [] if part else [name for name in source.components if name not in names]
+  source.check(names)
   with model_dir.replacing(directory, _CONFIG) as out:
     top = [name for name in names if name not in ("unet", "vae")]
     if top:

@@ -19,11 +19,9 @@ from etils import epath
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
-from blip3o_jax.models.blip3o import CLIP_MEAN, CLIP_STD, Blip3o, Blip3oConfig
-from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig
-from blip3o_jax.models.qwen3_siglip import Qwen3SiglipConfig
-from blip3o_jax.models.text_decoder import TextDecoderConfig
+from blip3o_jax.models.blip3o import Blip3o, Blip3oConfig
 from blip3o_jax.porting import convert, rules
+from blip3o_jax.porting.preprocessor import default_preprocessor
 from blip3o_jax.porting.safetensors_io import Spec, Stored, tell
 from blip3o_jax.sharding import rules as sharding_rules
 from blip3o_jax.types import Params
@@ -211,45 +209,6 @@ def abstract_params(
 @functools.lru_cache(maxsize=64)  # tracing the largest component takes seconds
 def _shapes(config: Blip3oConfig, name: str) -> Params:
   return jax.eval_shape(lambda: Blip3o(config).init_components(jax.random.key(0), (name,)))[name]
-
-
-def default_preprocessor(config: Blip3oConfig) -> dict[str, Any]:
-  """What the understanding tower of `config` wants; empty where it reads no pictures."""
-  return _PREPROCESSORS[type(config.backbone)](config.backbone)
-
-
-def _qwen_preprocessor(backbone: Qwen25VLConfig) -> dict[str, Any]:
-  """With the limits of Qwen2.5-VL in merged patches (spec 4.5)."""
-  vision = backbone.vision
-  block = (vision.patch_size * vision.merge_size) ** 2
-  return {
-    "image_mean": list(CLIP_MEAN),
-    "image_std": list(CLIP_STD),
-    "patch_size": vision.patch_size,
-    "merge_size": vision.merge_size,
-    "temporal_patch_size": vision.temporal_patch_size,
-    "min_pixels": 4 * block,
-    "max_pixels": 16384 * block,
-  }
-
-
-def _siglip_preprocessor(backbone: Qwen3SiglipConfig) -> dict[str, Any]:
-  """That of google/siglip2-so400m-patch16-512: squashed to a square, colours to -1..1 (spec 8)."""
-  size = backbone.vision.image_size
-  half = [0.5, 0.5, 0.5]
-  return {
-    "image_processor_type": "SiglipImageProcessor",
-    "image_mean": half,
-    "image_std": half,
-    "size": {"height": size, "width": size},
-  }
-
-
-_PREPROCESSORS = {
-  Qwen25VLConfig: _qwen_preprocessor,
-  Qwen3SiglipConfig: _siglip_preprocessor,
-  TextDecoderConfig: lambda backbone: {},
-}
 
 
 def _fill(table: Sequence[convert.Rule], found: convert.Canonical, abstract: Params) -> dict[str, Any]:

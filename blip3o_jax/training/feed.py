@@ -17,12 +17,11 @@ from ml_collections import ConfigDict
 
 from blip3o_jax.data import pipeline
 from blip3o_jax.data.tokenizer import load_tokenizer
-from blip3o_jax.data.vision import ImageProcessor
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.blip3o import Blip3oConfig
-from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig
 from blip3o_jax.porting.locate import open_model
-from blip3o_jax.porting.source import Source, default_preprocessor
+from blip3o_jax.porting.preprocessor import default_preprocessor, open_pictures
+from blip3o_jax.porting.source import Source
 from blip3o_jax.types import Batch
 
 COUNTED = ("replaced", "cut")  # what the loader says of each row beside what the step takes
@@ -32,7 +31,7 @@ def open_loader(config: ConfigDict, architecture: Blip3oConfig, start_step: int)
   """This process's part of the batches, from `start_step` on.
 
   Raises:
-    UserError: missing data or tokenizer, on any process; conversations for a backbone other than Qwen2.5-VL.
+    UserError: missing data or tokenizer, on any process; conversations for a backbone that sees no pictures.
   """
   configs, reading = pipeline.parse(config.data.to_dict())
   groups, error = [], None
@@ -58,21 +57,18 @@ def _agree(sizes: list[dict[str, int]], error: UserError | None) -> None:
 
 
 def preparation(config: ConfigDict, architecture: Blip3oConfig) -> dict[str, Any]:
-  """What of a model the pipeline needs: tokenizer, and for pictures to be understood processor and window_size.
+  """What of a model the pipeline needs: tokenizer, and what prepares pictures to be understood.
 
   Raises:
     UserError: see open_loader.
   """
   source = open_model(config.init_from) if config.init_from else None
   folder = tokenizer_dir(config, source)
-  backbone, pictures = architecture.backbone, {}
-  if isinstance(backbone, Qwen25VLConfig):
-    preprocessor = source.image_preprocessor() if source else default_preprocessor(architecture)
-    processor = ImageProcessor.from_reference(preprocessor)
-    pictures = {"processor": processor, "window_size": backbone.vision.window_size}
-  elif any(group.task == "conversations" for group in pipeline.parse(config.data.to_dict())[0].values()):
-    raise UserError("data.task conversations prepares pictures for Qwen2.5-VL's tower alone; take such a preset")
-  return {"tokenizer": load_tokenizer(folder) if folder else None, **pictures}
+  preprocessor = source.image_preprocessor() if source else default_preprocessor(architecture)
+  return {
+    "tokenizer": load_tokenizer(folder) if folder else None,
+    "pictures": open_pictures(architecture, preprocessor),
+  }
 
 
 def tokenizer_dir(config: ConfigDict, source: Source | None) -> Path | None:

@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import io
 import itertools
 import json
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from blip3o_jax.data import pipeline, shapes_corpus, templates
+from blip3o_jax.data.pictures import QwenPictures, SiglipPictures
 from blip3o_jax.data.pipeline import DataConfig, make_loader
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.data.tokenizer import load_tokenizer
@@ -140,8 +142,8 @@ def test_conversations(corpus, tokenizer):
     "max_length": 208,
     "max_patches": 64,
   }
-  processor = ImageProcessor(patch_size=8)
-  batch = next(make_loader(cfg, batch_size=12, seed=0, tokenizer=tokenizer, processor=processor, window_size=32))
+  pictures = QwenPictures(ImageProcessor(patch_size=8), tokenizer.encode("<|image_pad|>")[0], window_size=32)
+  batch = next(make_loader(cfg, batch_size=12, seed=0, tokenizer=tokenizer, pictures=pictures))
   assert {key: value.shape[1:] for key, value in batch.items()} == {
     "tokens": (208,),
     "token_mask": (208,),
@@ -155,7 +157,7 @@ def test_conversations(corpus, tokenizer):
     "cut": (),
     "replaced": (),
   }
-  pads = (batch["tokens"] == tokenizer.image_pad).sum(axis=1)
+  pads = (batch["tokens"] == pictures.image_token).sum(axis=1)
   assert sorted(pads.tolist()) == [0] * 6 + [16] * 6
   assert ((batch["patch_image"] == 0).sum(axis=1) == 4 * pads).all()
   said = batch["labels"] != -100
@@ -172,16 +174,34 @@ def test_conversations(corpus, tokenizer):
     assert (positions[0, mask] != positions[2, mask]).any()
 
 
+def test_conversations_for_siglip(corpus, tokenizer):
+  """Spec 8: a square of one size, all of its tokens between [IMG] and [/IMG], plain positions; cut rows are bad."""
+  cfg = {"task": "conversations", "path": str(corpus / "understanding/questions.jsonl"), "max_length": 96}
+  pictures = SiglipPictures(size=8, count=4, image_token=tokenizer.encode("<image>")[0])
+  batch = next(make_loader(cfg, batch_size=12, seed=0, tokenizer=tokenizer, pictures=pictures))
+  assert batch["images"].shape == (12, 1, 8, 8, 3) and batch["images"].dtype == np.uint8
+  count = (batch["tokens"] == pictures.image_token).sum(axis=1)
+  assert sorted(count.tolist()) == [0] * 6 + [4] * 6
+  np.testing.assert_array_equal(batch["images"].any(axis=(1, 2, 3, 4)), count > 0)
+  text = tokenizer.decode(batch["tokens"][np.argmax(count)], skip_special=False)
+  assert "user\n[IMG]<image><image><image><image>[/IMG]" in text
+  assert (batch["positions"] == np.where(batch["token_mask"], np.arange(96), 0)[:, None]).all()
+  record = next(r for r in map(open_source(cfg["path"]).__getitem__, range(12)) if r["image"])
+  long = pipeline.make_builder(
+    DataConfig(**cfg | {"max_length": 200}), tokenizer, dataclasses.replace(pictures, count=300)
+  )
+  with pytest.raises(UserError, match="no answer within 200"):
+    long(record)
+
+
 def test_too_long_a_conversation_is_cut_and_one_without_answers_is_bad(tmp_path, tokenizer):
   row = {"image": None, "conversations": [{"from": "human", "value": "a " * 50}, {"from": "gpt", "value": "no"}]}
   (tmp_path / "rows.jsonl").write_text(json.dumps(row))
   cfg = DataConfig("conversations", "", max_length=64, max_patches=4)
-  record = open_source(tmp_path / "rows.jsonl")[0]
+  record, pictures = open_source(tmp_path / "rows.jsonl")[0], QwenPictures(ImageProcessor(), 635)
   with pytest.raises(UserError, match="no answer within 64"):
-    pipeline.make_builder(cfg, tokenizer, ImageProcessor())(record)
-  sample = pipeline.make_builder(
-    DataConfig("conversations", "", max_length=80, max_patches=4), tokenizer, ImageProcessor()
-  )
+    pipeline.make_builder(cfg, tokenizer, pictures)(record)
+  sample = pipeline.make_builder(dataclasses.replace(cfg, max_length=80), tokenizer, pictures)
   assert sample(record)["token_mask"].sum() <= 80
 
 
@@ -236,7 +256,8 @@ def test_groups_are_tasks_side_by_side_with_fixed_rows(several, corpus, tokenize
   draw = {"task": "generation", "path": str(corpus / "pretrain"), "max_length": 44, "rows": 2}
   see = {"task": "conversations", "path": str(corpus / "understanding/questions.jsonl")}
   see |= {"max_length": 208, "max_patches": 64}
-  settings = dict(batch_size=6, seed=2, tokenizer=tokenizer, processor=ImageProcessor(patch_size=8), window_size=32)
+  pictures = QwenPictures(ImageProcessor(patch_size=8), tokenizer.encode("<|image_pad|>")[0], window_size=32)
+  settings = dict(batch_size=6, seed=2, tokenizer=tokenizer, pictures=pictures)
   cfg = {"groups": {"generation": draw, "understanding": see}}
   whole = list(itertools.islice(make_loader(cfg, **settings), 4))
   assert whole[0]["generation"]["tokens"].shape == (4, 44) and whole[0]["understanding"]["tokens"].shape == (2, 208)
@@ -329,5 +350,8 @@ def test_errors(numbered, tokenizer):
     make_loader(numbered | {"task": "x"}, batch_size=5, seed=0)
   with pytest.raises(UserError, match="needs a tokenizer"):
     make_loader(numbered | {"task": "captions"}, batch_size=5, seed=0)
-  with pytest.raises(UserError, match="image processor"):
-    make_loader(numbered | {"task": "conversations"}, batch_size=5, seed=0, tokenizer=tokenizer)
+  asked = numbered | {"task": "conversations"}
+  with pytest.raises(UserError, match="needs a backbone that sees pictures"):
+    make_loader(asked, batch_size=5, seed=0, tokenizer=tokenizer)
+  with pytest.raises(UserError, match="needs max_patches"):
+    make_loader(asked, batch_size=5, seed=0, tokenizer=tokenizer, pictures=QwenPictures(ImageProcessor(), 635))

@@ -47,25 +47,24 @@ def test_training_form_and_paper_wording(tokenizer):
 
 
 def test_reconstruction_prompt(tokenizer):
-  tokens = templates.generation_prompt(tokenizer, templates.RECONSTRUCT, wording=None, image_tokens=[3])
   pads = "<|vision_start|><|image_pad|><|image_pad|><|image_pad|><|vision_end|>"
+  tokens = templates.generation_prompt(tokenizer, templates.RECONSTRUCT, wording=None, places=[pads])
   want = HEAD + pads + "\nPlease reconstruct the given image.<|im_end|>\n<|im_start|>assistant\n[IMG]"
   assert text_of(tokenizer, tokens) == want
 
 
 def test_conversation_labels_are_the_answers_and_their_ends(tokenizer):
   turns = [("<image>\nwhat is it?", "a red fox"), ("is it old?", "no")]
-  tokens, labels = templates.conversation(tokenizer, turns, [2])
+  pads = "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
+  tokens, labels = templates.conversation(tokenizer, turns, [pads])
   said = np.asarray(labels) != -100
   assert text_of(tokenizer, np.asarray(tokens)[said]) == "a red fox<|im_end|>no<|im_end|>"
   assert (np.asarray(tokens) == labels)[said].all()
-  want = (
-    HEAD + "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>\nwhat is it?<|im_end|>\n<|im_start|>assistant\n"
-  )
+  want = f"{HEAD}{pads}\nwhat is it?<|im_end|>\n<|im_start|>assistant\n"
   assert text_of(tokenizer, tokens).startswith(want + "a red fox<|im_end|>\n<|im_start|>user\nis it old?")
-  assert tokens[: len(tokenizer.encode(want))] == templates.chat_prompt(tokenizer, [("user", turns[0][0])], [[2]])
+  assert tokens[: len(tokenizer.encode(want))] == templates.chat_prompt(tokenizer, [("user", turns[0][0])], [[pads]])
 
 
 def test_pictures_must_have_places(tokenizer):
   with pytest.raises(UserError, match="1 pictures but 0 <image>"):
-    templates.chat_prompt(tokenizer, [("user", "what is it?")], [[4]])
+    templates.chat_prompt(tokenizer, [("user", "what is it?")], [["x"]])

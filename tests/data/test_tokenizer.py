@@ -3,9 +3,11 @@ import pickle
 import re
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from blip3o_jax.data import shapes_corpus
-from blip3o_jax.data.tokenizer import IMAGE_TOKENS, QWEN_TOKENS, load_tokenizer, train_tokenizer
+from blip3o_jax.data import shapes_corpus, templates
+from blip3o_jax.data.tokenizer import IMAGE_TOKENS, LLAMA, QWEN_TOKENS, load_tokenizer, train_tokenizer
 from blip3o_jax.errors import UserError
 
 
@@ -27,17 +29,8 @@ def test_recorded_cases(recorded):
     assert tokenizer.encode(case["text"]) == case["ids"]
     assert tokenizer.decode(case["ids"], skip_special=False) == case["decoded"]
   ids = stored["special_ids"]
-  ours = [
-    tokenizer.pad,
-    tokenizer.end,
-    tokenizer.image_start,
-    tokenizer.placeholder,
-    tokenizer.image_pad,
-    tokenizer.vision_end,
-  ]
-  assert ours == [
-    ids[n] for n in ("<|endoftext|>", "<|im_end|>", "[IMG]", "<image>", "<|image_pad|>", "<|vision_end|>")
-  ]
+  ours = [tokenizer.pad, tokenizer.end, tokenizer.image_start]
+  assert ours == [ids[n] for n in ("<|endoftext|>", "<|im_end|>", "[IMG]")]
 
 
 def test_trained_one_is_of_the_recorded_kind(trained, recorded):
@@ -94,7 +87,69 @@ def test_release_tokens_are_added_to_a_plain_qwen_tokenizer(trained, tmp_path):
   stored["added_tokens"] = [t for t in stored["added_tokens"] if t["content"] not in IMAGE_TOKENS]
   (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
   tokenizer = load_tokenizer(tmp_path)
-  assert [tokenizer.image_start, tokenizer.placeholder] == [637, 639]
+  assert tokenizer.image_start == 637 and tokenizer.encode("[/IMG]<image>") == [638, 639]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+  """A tokenizer file of Llama 3's kind: byte-level BPE, its own special tokens, and a template that adds the first."""
+  folder = tmp_path_factory.mktemp("llama")
+  backend = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+  split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
+  backend.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(split), "isolated"),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  backend.decoder = decoders.ByteLevel()
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  backend.train_from_iterator(
+    ["a red circle"] * 3, trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+  )
+  backend.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in LLAMA.tokens])
+  first = backend.token_to_id("<|begin_of_text|>")
+  backend.post_processor = processors.TemplateProcessing(
+    single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", first)]
+  )
+  backend.save(str(folder / "tokenizer.json"))
+  config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  return folder
+
+
+def test_a_llama_tokenizer(llama, tmp_path):
+  """The release's tokens come after its own; conversations are written as Llama 3 was taught them, and begin once."""
+  base = tokenizers.Tokenizer.from_file(str(llama / "tokenizer.json")).get_vocab_size()
+  tokenizer = load_tokenizer(llama)
+  assert len(tokenizer) == base + 3 and tokenizer.encode("[IMG][/IMG]<image>") == [base, base + 1, base + 2]
+  assert tokenizer.image_start == base
+  assert [tokenizer.pad, tokenizer.end] == [tokenizer.backend.token_to_id(t) for t in ("<|end_of_text|>", "<|eot_id|>")]
+  head = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are a helpful assistant.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\n"
+  )
+  answer = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+  text_of = lambda tokens: tokenizer.decode(tokens, skip_special=False)
+  drawn = templates.generation_prompt(tokenizer, "a red circle")
+  wish = head + "Please generate image based on the following caption: a red circle<|eot_id|>" + answer
+  assert text_of(drawn) == wish + "[IMG]"
+  assert text_of(templates.generation_prompt(tokenizer, "a red circle", form="training")) == wish + "<|eot_id|>[IMG]"
+  tokens, labels = templates.conversation(tokenizer, [("what is it?", "a circle"), ("red?", "yes")])
+  said = [token for token, label in zip(tokens, labels, strict=True) if label != templates.IGNORE]
+  assert text_of(said) == "a circle<|eot_id|>yes<|eot_id|>"
+  asked = templates.chat_prompt(tokenizer, [("user", "what is it?")])
+  assert text_of(asked) == head + "what is it?<|eot_id|>" + answer and tokens[: len(asked)] == asked
+  tokenizer.save(tmp_path)
+  assert load_tokenizer(tmp_path).encode(wish) == tokenizer.encode(wish)
+
+
+def test_a_tokenizer_of_another_family_is_refused(llama, tmp_path):
+  stored = json.loads((llama / "tokenizer.json").read_text())
+  stored["added_tokens"] = [t for t in stored["added_tokens"] if t["content"] != "<|eot_id|>"]
+  (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+  with pytest.raises(UserError, match="lacks <|eot_id|>; use one of the Qwen2.5-VL, Qwen3 or Llama 3 family"):
+    load_tokenizer(tmp_path)
 
 
 def test_errors(tmp_path):

@@ -12,12 +12,12 @@ from blip3o_jax.data import shapes_corpus, templates
 from blip3o_jax.data.tokenizer import train_tokenizer
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference import image as drawing
-from blip3o_jax.inference import text as talking
 from blip3o_jax.inference.model import Model
 from blip3o_jax.inference.prompts import Row
-from blip3o_jax.models.blip3o import BACKBONES
+from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.porting import model_dir
 from blip3o_jax.porting.locate import open_model
+from blip3o_jax.porting.preprocessor import default_preprocessor, open_pictures
 
 QUICK = {"steps": 2, "decoder_steps": 2}
 PROMPTS = ["a red circle", "two circles"]
@@ -56,7 +56,7 @@ def near(a, b):
 
 
 def arrays(model, rows):
-  batch = model.prompts.batch([Row.text(row) for row in rows], draw=True)
+  batch = model.prompts.batch([Row(row) for row in rows], draw=True)
   return batch.tokens, batch.mask, batch.positions
 
 
@@ -66,7 +66,7 @@ def ask(*content):
 
 def with_params(model, *names):
   part = {name: model.params[name] for name in names}
-  return Model(model.model, part, model.tokenizer, model.processor, model.sampling, name="part")
+  return Model(model.model, part, model.tokenizer, model.pictures, model.sampling, name="part")
 
 
 def test_load(model, directory):
@@ -74,10 +74,10 @@ def test_load(model, directory):
   for name in model.params:
     jax.tree.map(np.testing.assert_array_equal, model.params[name], tiny.params()[name])
   assert model.model.cfg == tiny.config() and model.sampling == drawing.Sampling(**QUICK)
-  assert len(model.tokenizer) == 640 and model.processor.patch_size == 8
+  assert len(model.tokenizer) == 640 and model.pictures.processor.patch_size == 8
   assert model.content_hash("vae") == open_model(directory).content_hash("vae")
-  assert model.tokenizer.image_pad == model.model.cfg.backbone.image_token
-  assert model.tokenizer.vision_start == model.model.cfg.backbone.vision_start
+  cfg = model.model.cfg.backbone
+  assert model.tokenizer.encode("<|image_pad|><|vision_start|>") == [cfg.image_token, cfg.vision_start]
 
 
 def test_generate(model):
@@ -202,28 +202,28 @@ def test_bad_input_is_told_in_one_line(model, picture, directory, tmp_path):
 
 
 @pytest.mark.parametrize("backbone", ["qwen3_siglip", "llama"])
-def test_other_backbones_answer_without_pictures(model, picture, backbone):
-  other = Model(
-    tiny.model(**tiny.BACKBONES[backbone]),
-    tiny.params(backbone=backbone),
-    model.tokenizer,
-    model.processor,
-    model.sampling,
-    name=backbone,
-  )
-  prompt = templates.chat_prompt(model.tokenizer, [("user", "what is red?")])
-  greedy = talking.generate_text(
-    BACKBONES[type(other.model.cfg.backbone)](other.model.cfg.backbone),
-    other.params["backbone"],
-    [prompt],
-    np.ones((1, len(prompt)), bool),
-    sampling=talking.Sampling(
-      max_new_tokens=4, stop_tokens=(model.tokenizer.end, model.tokenizer.end_of_text), pad_token=model.tokenizer.pad
-    ),
-  )
-  assert other.chat("what is red?", max_new_tokens=4) == model.tokenizer.decode(greedy.rows()[0]).strip()
-  with pytest.raises(UserError, match=f"{backbone} takes requests without pictures only"):
-    other.chat(ask("what is this?", picture))
+def test_other_backbones_answer(model, picture, backbone):
+  """Qwen3 looks at pictures through SigLIP2, Llama sees none."""
+  cfg = tiny.config(**tiny.BACKBONES[backbone])
+  pictures = open_pictures(cfg, default_preprocessor(cfg))
+  other = Model(Blip3o(cfg), tiny.params(0, backbone), model.tokenizer, pictures, model.sampling, name=backbone)
+  text = templates.chat_prompt(model.tokenizer, [("user", "what is red?")])
+  if pictures is None:
+    with pytest.raises(UserError, match="llama takes requests without pictures only"):
+      other.chat(ask("what is this?", picture))
+    assert isinstance(other.chat("what is red?", max_new_tokens=4), str)
+    assert other.prompts.to_answer("what is red?") == Row(text)
+    return
+  assert all(isinstance(said, str) for said in other.answer([picture, None], ["what?", "red?"], max_new_tokens=4))
+  rows = [other.prompts.to_answer(ask(picture, "\nwhat?", picture)), other.prompts.to_answer("what is red?")]
+  batch = other.prompts.batch(rows, draw=False)
+  place = "[IMG]<image><image><image><image>[/IMG]"
+  seen = templates.chat_prompt(model.tokenizer, [("user", f"{place}\nwhat?{place}")])
+  assert [row[valid].tolist() for row, valid in zip(batch.tokens, batch.mask, strict=True)] == [seen, text]
+  assert (batch.tokens == cfg.backbone.image_token).sum(axis=1).tolist() == [8, 0]
+  square = np.asarray(picture.resize((8, 8), Image.Resampling.BILINEAR))
+  assert set(batch.vision) == {"images"} and (batch.vision["images"][0] == square).all()
+  assert (batch.positions == np.where(batch.mask, np.arange(batch.mask.shape[1]), 0)[:, None]).all()
 
 
 def test_a_directory_without_a_part_serves_the_others(model, directory, picture, tmp_path):
@@ -238,9 +238,11 @@ def test_a_directory_without_a_part_serves_the_others(model, directory, picture,
   np.testing.assert_array_equal(loaded.features(picture), model.features(picture))
   with pytest.raises(UserError, match="small holds no unet, vae"):
     loaded.reconstruct(picture)
+  (small / "tokenizer").rmtree()
+  assert blip3o_jax.load(small).tokenizer is None  # only a language model needs one
+  mute = {"backbone": tiny.params()["backbone"]}
+  with pytest.raises(UserError, match="no tokenizer"):
+    blip3o_jax.load(model_dir.write(tmp_path / "mute", preset="micro", overrides=tiny.OVERRIDES, params=mute))
   model_dir.annotate(small, sampling={"sparkle": 1})
   with pytest.raises(UserError, match="setting 'sparkle' is unknown"):
-    blip3o_jax.load(small)
-  (small / "tokenizer").rmtree()
-  with pytest.raises(UserError, match="no tokenizer"):
     blip3o_jax.load(small)

@@ -8,9 +8,11 @@ import optax
 import pytest
 import tiny
 from helpers import relative_error
+from PIL import Image
 
-from blip3o_jax.models.blip3o import BACKBONES, CLIP_MEAN, CLIP_STD, COMPONENTS, Blip3o
+from blip3o_jax.models.blip3o import BACKBONES, CLIP_MEAN, CLIP_STD, COMPONENTS, MODULES, Blip3o
 from blip3o_jax.models.eva_clip import EvaClip
+from blip3o_jax.models.siglip import Siglip
 from blip3o_jax.models.unet import UNet
 from blip3o_jax.porting import source
 
@@ -32,7 +34,7 @@ def backbone(request):
 @pytest.fixture(scope="module")
 def passes(backbone):
   """(value, gradients of queries, DiT and backbone) of one loss through both ways of the query pass."""
-  model, params = tiny.model(**tiny.BACKBONES[backbone]), tiny.params(backbone=backbone)
+  model, params = tiny.model(**tiny.BACKBONES[backbone]), tiny.params(0, backbone)
   parts = {name: params[name] for name in ("backbone", "queries", "dit")}
   noise = np.random.default_rng(0).normal(size=(3, 2, 2, 16)).astype(np.float32)
 
@@ -78,7 +80,7 @@ def test_prefix_pass_is_exact(passes, backbone, side):
 
 def test_query_states_are_those_of_the_plain_sequence(passes, backbone):
   """[prompt; queries] without padding, positions 0, 1, 2, ...: whichever side a batch is padded on (spec 4.2, 4.3)."""
-  params, cfg = tiny.params(backbone=backbone), tiny.config(**tiny.BACKBONES[backbone]).backbone
+  params, cfg = tiny.params(0, backbone), tiny.config(**tiny.BACKBONES[backbone]).backbone
   model = BACKBONES[type(cfg)](cfg)
   queries = params["queries"]["latent_queries"]
 
@@ -128,9 +130,9 @@ def test_unet_gets_the_mean_token_and_the_size_of_the_picture():
 
 def test_understanding_reads_pictures_and_causally(backbone):
   """Logits of a token follow from its picture, if the backbone sees any, and from what stands before it."""
-  params, run = {"backbone": tiny.params(backbone=backbone)["backbone"]}, call("understand", backbone)
+  params, run = {"backbone": tiny.params(0, backbone)["backbone"]}, call("understand", backbone)
   tokens, mask, positions = tiny.prompts([6], pad_to=6)
-  tokens[0, 1] = 635
+  tokens[0, 1] = getattr(tiny.config(**tiny.BACKBONES[backbone]).backbone, "image_token", 0)
   rng = np.random.default_rng(0)
   picture = {
     "qwen2_5_vl": {
@@ -139,19 +141,66 @@ def test_understanding_reads_pictures_and_causally(backbone):
       "patch_image": np.zeros((1, 4), int),
       "patch_window": np.zeros((1, 4), int),
     },
-    "qwen3_siglip": {"images": rng.normal(size=(1, 1, 8, 8, 3)).astype("f")},
+    "qwen3_siglip": {"images": rng.integers(0, 200, (1, 1, 8, 8, 3), dtype=np.uint8)},
     "llama": {},
   }[backbone]
   batch = {"tokens": tokens, "token_mask": mask, "positions": positions} | picture
   logits = np.asarray(run(params, batch))
   assert logits.shape == (1, 6, 640) and logits.dtype == np.float32
-  other = {key: x + 1 if x.dtype == np.float32 else x for key, x in picture.items()}
+  other = {key: x + x.dtype.type(1) if key in ("patches", "images") else x for key, x in picture.items()}
   changed = np.abs(np.asarray(run(params, batch | other)) - logits).max(axis=-1)[0] > 1e-4
   assert changed.tolist() == [False] + [bool(picture)] * 5
   later = tokens.copy()
   later[0, 4] += 1
   changed = np.abs(np.asarray(run(params, batch | {"tokens": later})) - logits).max(axis=-1)[0] > 1e-4
   assert changed.tolist() == [False, False, False, False, True, True]
+
+
+# ---- what is drawn
+
+
+def test_pictures_of_another_size_are_resized_as_a_library_does():
+  pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
+  small = np.stack([np.asarray(Image.fromarray(x).resize((16, 16), Image.Resampling.BICUBIC)) for x in pixels])
+  params = {"clip": tiny.params()["clip"]}
+  assert relative_error(call("clip_features")(params, pixels), call("clip_features")(params, small)) < 5e-3
+
+
+def test_siglip_features_are_pooled_before_the_last_layer():
+  """Spec 7.1; and no picture is a black one."""
+  model, params = tiny.model(**tiny.VARIANTS["sana"]), {"clip": tiny.params(0, "sana")["clip"]}
+  run = lambda *args, method: np.asarray(model.apply({"params": params}, *args, method=method))
+  pixels = tiny.pixels(2)
+  tower = Siglip(model.cfg.clip).apply({"params": params["clip"]}, pixels / np.float32(127.5) - 1)
+  want = np.asarray(tower.penultimate).reshape(2, 2, 2, 2, 2, 16).mean(axis=(2, 4)).reshape(2, 4, 16)
+  assert relative_error(run(pixels, method="clip_features"), want) < 1e-5
+  black = run(np.zeros((1, 16, 16, 3), np.uint8), method="clip_features")
+  np.testing.assert_allclose(run(method="null_clip_features"), black, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["qwen2_5_vl", "sana"])
+def test_latents_are_shifted_scaled_means_and_come_back_as_pictures(variant):
+  changes = {} if variant == "sana" else {"vae": tiny.OVERRIDES["vae"] | {"scaling_factor": 0.5, "shift": 0.25}}
+  model = tiny.model(**tiny.VARIANTS[variant] | changes)
+  params, pixels = {"vae": tiny.params(0, variant)["vae"]}, tiny.pixels(2)
+  vae = MODULES[type(model.cfg.vae)](model.cfg.vae)
+  run = lambda x, method: np.asarray(model.apply({"params": params}, x, method=method))
+  part = lambda x, method: vae.apply({"params": params["vae"]}, x, method=method)
+  latents, mean = run(pixels, "picture_latents"), part(pixels / np.float32(127.5) - 1, "encode")
+  want = mean * 0.41407 if variant == "sana" else (mean[0] - 0.25) * 0.5
+  assert relative_error(latents, want) < 1e-5
+  decoded = np.asarray(part(mean if variant == "sana" else mean[0], "decode"))
+  pictures = run(latents, "latent_pictures")
+  assert pictures.dtype == np.uint8
+  assert np.abs(pictures - np.clip(decoded / 2 + 0.5, 0, 1) * 255).max() < 0.51
+
+
+def test_the_target_is_the_designs():
+  pixels = tiny.pixels(2)
+  for design, method in (("clip_mse", "clip_features"), ("vae_flow", "picture_latents")):
+    model, params = tiny.model(**tiny.VARIANTS[design]), tiny.params(0, design)
+    run = lambda method, model=model, params=params: model.apply({"params": params}, pixels, method=method)
+    np.testing.assert_array_equal(run("image_target"), run(method).reshape(2, -1, run(method).shape[-1]))
 
 
 # ---- fresh parameters

@@ -1,12 +1,14 @@
 """The published sizes, and how an experiment changes them."""
 
 import dataclasses
+import json
 
 import jax
 import pytest
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
+from blip3o_jax.models.autoencoder_dc import DCLevel
 from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig
 from blip3o_jax.models.text_decoder import TextDecoder, TextDecoderConfig
 from blip3o_jax.porting import source
@@ -18,6 +20,8 @@ COUNTS = {
   "blip3o-4b": {"backbone": 3_754_074_112, "queries": 131_072, "dit": 1_362_257_824},
   # Three tokens more than Llama-3.2-1B has, 264 rows fewer than Qwen3-1.7B's file; SigLIP2 without its head.
   "blip3o-study": {"backbone": 1_235_814_400 + 3 * 2048, "queries": 131_072},
+  # Spec 7.1: SigLIP2 without its head, Sana with its connector, and its autoencoder.
+  "blip3o-siglip2-sana": {"clip": 413_534_448, "unet": 1_604_462_752 + 7_969_536, "vae": 312_250_275},
   "blip3o-qwen3-siglip2": {"backbone": 1_720_574_976 - 264 * 2048 + 413_534_448 + 6_557_696, "dit": 1_362_257_824},
 }
 
@@ -49,6 +53,7 @@ def test_the_parts_of_every_preset_fit_each_other():
     cfg = presets.get(name)
     side = cfg.clip.side // cfg.clip.pool_stride
     assert cfg.dit.grid == (side, side) and cfg.dit.in_channels == cfg.clip.width == cfg.unet.context_dim, name
+    assert cfg.queries == side**2 and cfg.design == "clip_flow", name
     assert cfg.dit.condition_dim == cfg.backbone.dim, name
     assert cfg.unet.in_channels == cfg.vae.latent_channels and cfg.image_size % cfg.vae.downsampling == 0, name
     if cfg.text_tower:
@@ -82,6 +87,15 @@ def test_the_design_study_and_qwen3():
   assert dataclasses.replace(qwen3.backbone.vision, head=True) == presets.SIGLIP2_SO400M
 
 
+def test_siglip2_and_sana():
+  """Spec 7 and 8: the same tower for what is seen and what is drawn; nothing else differs from the Qwen3 branch."""
+  sana, qwen3 = presets.get("blip3o-siglip2-sana"), presets.get("blip3o-qwen3-siglip2")
+  assert dataclasses.replace(sana.clip, pool_stride=1) == sana.backbone.vision and sana.dit.in_channels == 1152
+  same = {name: getattr(qwen3, name) for name in ("clip", "unet", "vae", "decoder_process", "image_size")}
+  same["dit"] = dataclasses.replace(sana.dit, in_channels=1792)
+  assert dataclasses.replace(sana, **same) == qwen3
+
+
 def test_overrides_go_as_deep_as_named_and_no_further():
   plain = presets.get("micro")
   cfg = presets.get("micro", {"dit": {"layers": 3}, "backbone": {"text": {"dim": 64}}, "queries": 9})
@@ -89,6 +103,14 @@ def test_overrides_go_as_deep_as_named_and_no_further():
   assert (cfg.dit.dim, cfg.backbone.text.layers, cfg.vae) == (plain.dit.dim, plain.backbone.text.layers, plain.vae)
   assert presets.get("micro") == plain
   assert presets.get("micro", {"text_tower": None}).text_tower is None
+
+
+def test_levels_of_the_dc_ae_come_back_from_a_file():
+  base = presets.get("blip3o-siglip2-sana")
+  levels = (DCLevel(8, 1), DCLevel(16, 2, "EfficientViTBlock", (5,)))
+  small = dataclasses.replace(base, vae=dataclasses.replace(base.vae, encoder=levels, decoder=levels))
+  stored = json.loads(json.dumps(presets.difference(base, small)))
+  assert presets.get("blip3o-siglip2-sana", stored) == small and hash(small)
 
 
 def test_lists_become_tuples():
@@ -105,6 +127,7 @@ def test_lists_become_tuples():
     ("micro", {"backbone": {"text": {"layer": 2}}}, "model.backbone.text.layer is not a field of TextDecoderConfig"),
     ("micro", {"dit": 3}, "model.dit is 3; give a group of fields of NextDiTConfig"),
     ("micro", {"queries": {"count": 3}}, "model.queries is 16, which has no fields count"),
+    ("micro", {"design": "vae_mse"}, "design 'vae_mse' is unknown; choose one of clip_flow, clip_mse, vae_flow"),
     ("blip3o-8b", {"text_tower": {"dim": 3}}, "model.text_tower is None, which has no fields dim"),
   ],
 )

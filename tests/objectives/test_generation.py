@@ -30,7 +30,7 @@ class Fake:
     if method == "velocity":
       x, t, condition = args
       return jnp.sin(3 * x) + t[:, None, None, None] / 1000 + condition.mean(axis=(1, 2))[:, None, None, None]
-    return {"clip_features": self.features, "query_states": self.states}[method]
+    return {"image_target": self.features, "query_states": self.states}[method]
 
 
 def run(seed=0, **cfg):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -20,7 +19,6 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.inference.model import load
 from blip3o_jax.porting import model_dir
 from blip3o_jax.porting.locate import convert_model, find, open_model
-from blip3o_jax.porting.source import abstract_params
 
 REPO, COMMIT = "Someone/Tiny-Release", "0123456789abcdef0123456789abcdef01234567"
 
@@ -135,27 +133,3 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
 def test_what_was_left_out_is_told(here, tmp_path):
   lines = convert_model(here / "here", tmp_path / "out", format="safetensors")
   assert lines == ["left out, the release has no such part: text_tower", str(tmp_path / "out")]
-
-
-def test_several_models_become_one(here, tmp_path):
-  """Each part from the first that has it, with its sizes: how a pretraining run gets its frozen parts."""
-  for part in ("backbone", "clip"):
-    convert_model(here / "here", tmp_path / part, format="safetensors", part=part)
-  other = tiny.config(clip=tiny.OVERRIDES["clip"] | {"layers": 3})
-  clip = abstract_params(other, ("clip",))["clip"]
-  model_dir.write(
-    tmp_path / "other",
-    preset="micro",
-    overrides=tiny.OVERRIDES | {"clip": tiny.OVERRIDES["clip"] | {"layers": 3}, "image_size": 32},
-    params={"clip": jax.tree.map(lambda x: np.ones(x.shape, x.dtype), clip), "vae": tiny.params()["vae"]},
-  )
-  convert_model([tmp_path / "backbone", tmp_path / "other", here / "here"], tmp_path / "start")
-  start, whole = open_model(tmp_path / "start"), open_model(here / "here")
-  assert set(start.components) == set(whole.components)
-  for name in set(whole.components) - {"clip"}:
-    assert start.content_hash(name) == whole.content_hash(name)
-  assert start.content_hash("clip") == open_model(tmp_path / "other").content_hash("clip")
-  assert start.config().clip.layers == 3 and start.config().image_size == whole.config().image_size
-  assert start.tokenizer is not None
-  with pytest.raises(UserError, match="nowhere: no such model"):
-    convert_model([here / "here", "nowhere"], tmp_path / "x")

@@ -14,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
-from blip3o_jax.porting import release
+from blip3o_jax.porting import convert, release, rules
 from blip3o_jax.porting.locate import convert_model, open_model
+from blip3o_jax.porting.source import abstract_params
 
 # Spec 2.1, 2.7, 10.3 to 10.5.
 PARAMETERS = {
@@ -321,6 +322,36 @@ def test_the_other_backbones_in_and_out_again(tmp_path, text, tower, preset):
   if tower:
     size = siglip.config["image_size"]
     assert json.loads(processor.read_text())["size"] == {"height": size, "width": size}
+
+
+@pytest.mark.parametrize("names", ["released", "training branch"])
+def test_the_siglip_and_sana_autoencoder(tmp_path, names):
+  """Spec 7.3: one file of three parts, under the names of the release or of the branch that trained it."""
+  model = presets.get("blip3o-siglip2-sana")
+  abstract = abstract_params(model, ("clip", "unet", "vae"))
+  specs = {name: convert.reference_specs(rules.get(name, model), abstract[name]) for name in abstract}
+  released = names == "released"
+  own = {
+    "clip": lambda key: f"encoder.model.{key}" if released else f"encoder.{key}",
+    "unet": lambda key: key if released else key.removeprefix("transformer."),
+    "vae": lambda key: f"vae.{key}",
+  }
+  shapes = {own[name](key): spec.shape for name, found in specs.items() for key, spec in found.items()}
+  shapes[own["clip"]("vision_model.head.probe")] = (1, 1, 1152)  # the pooling head, which nothing here reads
+  first = {key.split(".")[0] for key in shapes}
+  assert first == {"encoder", "transformer", "vae", *(() if released else ("connector",))}
+  hollow(tmp_path / "in" / "model.safetensors", shapes)
+  write_json(tmp_path / "in" / "config.json", {"num_pooled_tokens": 64})
+
+  source = open_model(tmp_path / "in")
+  source.check()
+  assert source.config() == model and set(source.components) == {"clip", "unet", "vae"}
+  count = lambda name: sum(math.prod(spec.shape) for spec in source.reference(name)[0].values())
+  assert (count("clip"), count("unet"), count("vae")) == (413_534_448, 1_604_462_752 + 7_969_536, 312_250_275)
+  assert source.dropped() == ["vision_model.head.probe"]
+  with pytest.raises(UserError, match="no place for any of its parts"):
+    release.write(source, tmp_path / "out")
+  assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("layout", ["qkv.bias", "q_bias"])

@@ -6,6 +6,7 @@ import pytest
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
+from blip3o_jax.models.blip3o import COMPONENTS
 from blip3o_jax.porting import convert, rules, source
 from blip3o_jax.porting.rules import blip3o
 
@@ -22,6 +23,7 @@ SIZES = {
   "blip3o-4b": {"backbone": (824, 3_754_074_112), "queries": (1, 131_072), "dit": (642, 1_362_257_824)},
   # 9 tensors a layer of Llama and 11 of Qwen3, the input table, a norm; 16 a layer of SigLIP and 5; the projector.
   "blip3o-study": {"backbone": (9 * 16 + 2, 1_235_814_400 + 3 * 2048)},
+  "blip3o-siglip2-sana": {"clip": (16 * 27 + 5, 413_534_448), "projection": (1, 2048 * 1152)},
   "blip3o-qwen3-siglip2": {"backbone": (11 * 28 + 2 + 16 * 27 + 5 + 4, 1_720_034_304 + 413_534_448 + 6_557_696)},
 }
 
@@ -44,6 +46,7 @@ def test_published_names():
     "queries": ("model.latent_queries", (1, 64, 3584)),
     "dit": ("model.dit.model.layers.23.feed_forward.linear_1.weight", (4864, 1792)),
     "clip": ("model.gen_vision_tower.vision_tower.model.blocks.63.mlp.fc1.weight", (15360, 1792)),
+    "projection": ("model.down_projector.weight", (1792, 3584)),
     "unet": ("unet.down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_k.weight", (1280, 1792)),
     "vae": ("vae.decoder.mid_block.attentions.0.to_q.weight", (512, 512)),
   }
@@ -55,7 +58,7 @@ def test_published_names():
     assert all(blip3o.full_key(component, own) == key for own, key in blip3o.split(full)[component].items())
 
 
-@pytest.mark.parametrize("component", ["backbone", "queries", "dit", "clip", "text_tower", "unet", "vae"])
+@pytest.mark.parametrize("component", COMPONENTS)
 def test_the_miniature_has_a_rule_for_every_parameter(component):
   assert specs("micro", component)
 

@@ -7,11 +7,9 @@ import sys
 
 import jax
 import numpy as np
-import pytest
 import tiny
 
 from blip3o_jax.data import shapes_corpus
-from blip3o_jax.errors import UserError
 from blip3o_jax.training import feed
 from blip3o_jax.training.defaults import default_config
 
@@ -27,14 +25,19 @@ def asked_for(task, backbone):
 def test_the_tower_of_qwen_says_how_pictures_are_cut():
   asked = asked_for("conversations", "qwen2_5_vl")
   vision = tiny.config().backbone.vision
-  assert (asked["window_size"], asked["processor"].patch_size) == (vision.window_size, vision.patch_size)
+  pictures = asked["pictures"]
+  assert (pictures.window_size, pictures.processor.patch_size) == (vision.window_size, vision.patch_size)
+  assert pictures.image_token == tiny.config().backbone.image_token
 
 
-@pytest.mark.parametrize("backbone", ["qwen3_siglip", "llama"])
-def test_other_backbones_learn_to_draw_but_not_from_conversations(backbone):
-  assert "processor" not in asked_for("generation", backbone)
-  with pytest.raises(UserError, match="Qwen2.5-VL's tower alone"):
-    asked_for("conversations", backbone)
+def test_siglip_says_how_large_pictures_are():
+  backbone = tiny.BACKBONES["qwen3_siglip"]["backbone"]
+  pictures = asked_for("conversations", "qwen3_siglip")["pictures"]
+  assert (pictures.size, pictures.count, pictures.image_token) == (8, 4, backbone.image_token)
+
+
+def test_llama_sees_no_pictures():
+  assert asked_for("generation", "llama")["pictures"] is None
 
 
 SIZES = ("contrastive", "pretrain", "instruct", "understanding", "text_only", "held_out")

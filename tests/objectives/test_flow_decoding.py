@@ -1,0 +1,72 @@
+"""The Sana decoder's loss: path, target and time over latents, black pictures for dropped ones, who learns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from blip3o_jax.objectives import flow_decoding
+
+B, SIDE, N, C = 48, 6, 4, 3
+
+
+class Fake:
+  def __init__(self):
+    rng = np.random.default_rng(0)
+    self.features = jnp.asarray(rng.normal(size=(B, N, C)), jnp.float32)
+    self.null = jnp.full((1, N, C), 7.0)
+    self.latents = jnp.asarray(rng.normal(1.0, 2.0, (B, SIDE, SIDE, 4)), jnp.float32)
+    self.seen = {}
+
+  def apply(self, variables, *args, method):
+    self.seen[method] = args
+    if method == "unet_predict":
+      return jnp.cos(args[0])
+    return {
+      "clip_features": self.features,
+      "null_clip_features": self.null,
+      "picture_latents": self.latents,
+    }[method]
+
+
+def run(**cfg):
+  model, batch = Fake(), {"pixels": jnp.asarray(tiny.pixels(B))}
+  return model, flow_decoding.loss({}, batch, jax.random.key(0), model=model, cfg=cfg)
+
+
+def test_formula():
+  """From what the network is given: x = (1 - s) x0 + s noise at time 1000 s, and it should say noise - x0."""
+  model, (total, weight, metrics) = run(drop=0.0)
+  noisy, t, context = (np.asarray(x, np.float64) for x in model.seen["unet_predict"])
+  np.testing.assert_allclose(t, np.round(t), atol=1e-3)
+  assert 0 < t.min() < 150 and 850 < t.max() <= 1000
+  np.testing.assert_array_equal(context, model.features)
+  s, latents = t[:, None, None, None] / 1000, np.asarray(model.latents, np.float64)
+  noise = (noisy - (1 - s) * latents) / s
+  assert abs(noise[t > 200].std() - 1) < 0.1 and abs(noise[t > 200].mean()) < 0.1
+  mse = np.mean((np.cos(noisy) - (noise - latents)) ** 2, axis=(1, 2, 3))
+  np.testing.assert_allclose(total, mse.sum(), rtol=1e-3)
+  assert weight == B
+  np.testing.assert_allclose(metrics["mse_high_noise"] / B, mse[t > 800].mean(), rtol=1e-3)
+  between = np.asarray(run(times="continuous")[0].seen["unet_predict"][1])
+  assert np.abs(between - np.round(between)).max() > 0.1
+
+
+def test_a_dropped_picture_is_a_black_one():
+  model, _ = run(drop=0.5)
+  context = np.asarray(model.seen["unet_predict"][2])
+  dropped = (context == 7.0).all(axis=(1, 2))
+  assert 10 < dropped.sum() < B - 10
+  np.testing.assert_array_equal(context[~dropped], np.asarray(model.features)[~dropped])
+
+
+def test_transformer_and_connector_learn():
+  model, params = tiny.model(**tiny.VARIANTS["sana"]), tiny.params(0, "sana")
+  batch = {"pixels": tiny.pixels(2)}
+  loss = lambda p: flow_decoding.loss(p, batch, jax.random.key(0), model=model, cfg={"drop": 0.0})[0]
+  value, grads = tiny.quick_jit(jax.value_and_grad(loss))({name: params[name] for name in flow_decoding.COMPONENTS})
+  assert np.isfinite(value)
+  for name in ("clip", "vae"):
+    assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads[name])), name
+  still = [jax.tree_util.keystr(path) for path, g in jax.tree_util.tree_leaves_with_path(grads["unet"]) if not g.any()]
+  assert still == []
