@@ -5,6 +5,7 @@ tokens(picture)              how many tokens it takes; patches_a_token: of the t
 place(picture)               the text that stands for it in a message
 rows(rows, tokens, images)   the arrays of a batch, padded per row so that they shard with it
 positions(tokens, mask, arrays)  where the tokens of the batch lie
+shown(sample)                what a row's arrays show: uint8 [H, W, 3], or None where it has no picture
 """
 
 import dataclasses
@@ -64,6 +65,11 @@ class QwenPictures:
     """int32 [B, 3, L] on the three rotary axes: see vision.rope_index."""
     merge = self.processor.merge_size
     return vision.rope_index(tokens, mask, arrays["grid_thw"], image_token=self.image_token, merge_size=merge)[0]
+
+  def shown(self, sample: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """The first picture of one row."""
+    there = sample["patch_image"] == 0
+    return self.processor.picture(sample["patches"][there], sample["patch_pos"][there]) if there.any() else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +133,10 @@ class SiglipPictures:
         raise UserError(f"a row has {count} image tokens, {self.count} a picture: it is cut; make max_length larger")
     counted = np.maximum(np.cumsum(mask, axis=-1) - 1, 0) * mask
     return np.repeat(counted[:, None], 3, axis=1).astype(np.int32)
+
+  def shown(self, sample: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """The first picture of one row."""
+    return sample["images"][0] if (sample["tokens"] == self.image_token).any() else None
 
 
 Pictures = QwenPictures | SiglipPictures

@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from blip3o_jax.data import pipeline
 from blip3o_jax.data.outputs import encode_png, write_atomically
+from blip3o_jax.data.pictures import Pictures
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
 from blip3o_jax.training.feed import preparation
@@ -95,22 +96,20 @@ def _look(group: pipeline.Group, index: int, tools: dict[str, Any]) -> Seen:
     sample = group.build(record)
   except UserError as error:
     return Seen(name=f"sample {index}", source=source, error=str(error))
-  seen = Seen(name=record["name"], source=source, text=record.get("text"), picture=_picture(sample, tools["processor"]))
+  seen = Seen(name=record["name"], source=source, text=record.get("text"), picture=_picture(sample, tools["pictures"]))
   if "tokens" not in sample:
     return seen
   tokens = sample["tokens"][sample["token_mask"]]
   prompt = tools["tokenizer"].decode(tokens, skip_special=False)
-  prompt = re.sub(r"(<\|image_pad\|>)+", lambda pads: f"<|image_pad|> x {len(pads[0]) // 13}", prompt)
+  prompt = re.sub(r"(<\|image_pad\|>|<image>)+", lambda pads: f"{pads[1]} x {len(pads[0]) // len(pads[1])}", prompt)
   cut = int(sample["cut"])
   return dataclasses.replace(seen, prompt=prompt, tokens=len(tokens) + cut, cut=cut)
 
 
-def _picture(sample: dict[str, np.ndarray], processor) -> np.ndarray | None:
+def _picture(sample: dict[str, np.ndarray], pictures: Pictures | None) -> np.ndarray | None:
   if "pixels" in sample:
     return sample["pixels"]
-  if "patches" in sample and (there := sample["patch_image"] >= 0).any():
-    return processor.picture(sample["patches"][there], sample["patch_pos"][there])
-  return None
+  return pictures.shown(sample) if pictures and "labels" in sample else None
 
 
 def _facts(group: pipeline.Group, samples: list[Seen]) -> dict[str, Any]:

@@ -42,6 +42,9 @@ def test_siglip_rows_and_positions(picture):
   assert pictures.rows([[]], images=1, tokens=64)["images"].shape == (1, 1, 32, 32, 3)
   tokens, mask = np.asarray([[0, 5, 9, 9, 9, 9], [1, 9, 9, 9, 9, 0]]), np.ones((2, 6), bool)
   mask[0, 0] = mask[1, 5] = False
+  row = {"tokens": tokens[0], "images": arrays["images"][1]}
+  np.testing.assert_array_equal(pictures.shown(row), seen)
+  assert pictures.shown(row | {"tokens": tokens[0] * 0}) is None
   positions = pictures.positions(tokens, mask, arrays)
   assert positions.dtype == np.int32 and positions.shape == (2, 3, 6)
   assert (positions == [[[0, 0, 1, 2, 3, 4]], [[0, 1, 2, 3, 4, 0]]]).all()
@@ -64,6 +67,9 @@ def test_qwen_rows_and_places(picture):
   assert arrays["patches"].shape == (2, 4 * (tokens(first) + tokens(second)), 384)
   assert arrays["grid_thw"][0].tolist() == [first[1].tolist(), second[1].tolist()] and not arrays["grid_thw"][1].any()
   assert pictures.rows([[]], tokens=4, images=1)["patches"].shape == (1, 16, 384)
+  shown = pictures.shown({key: value[0] for key, value in arrays.items()})
+  assert shown.shape == (8 * first[1][1], 8 * first[1][2], 3) and shown.std() > 0
+  assert pictures.shown({key: value[1] for key, value in arrays.items()}) is None
   row = np.asarray([[7] + [9] * tokens(second) + [7]])
   positions = pictures.positions(row, np.ones_like(row, bool), pictures.rows([[second]]))
   assert positions[0, :, 0].tolist() == [0, 0, 0] and positions[0, :, -1].tolist() == [1 + second[1][1] // 2] * 3
