@@ -47,6 +47,7 @@ QWEN_TOKENS = 151665  # of Qwen2.5-VL's own tokenizer (spec 4.1)
 _PUBLISHED = ("blip3o-8b", "blip3o-4b", "blip3o-qwen3-siglip2", "blip3o-study")
 _SIGLIP = "vision_model.embeddings.patch_embedding.weight"
 _AUTOENCODER = "blip3o-siglip2-sana"  # one size is released, and its config tells none
+_SANA_SAMPLING = {"decoder_steps": 30, "decoder_solver": "dpm++", "decoder_null": "image"}  # spec 7.3
 _SHARD = 5_000_000_000  # bytes, as transformers writes them
 
 
@@ -106,7 +107,7 @@ def open_release(path: os.PathLike | str, name: str = "") -> Source:
     weights=weights,
     tokenizer=tokenizer,
     preprocessor=_json(home / _PREPROCESSOR) or None,
-    sampling=ours.get("sampling", {}),
+    sampling=ours.get("sampling", {}) or (_SANA_SAMPLING if preset == _AUTOENCODER and "unet" in weights else {}),
     provenance=ours.get("provenance", [{"source": name}]),
   )
 

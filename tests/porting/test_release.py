@@ -349,6 +349,7 @@ def test_the_siglip_and_sana_autoencoder(tmp_path, names):
   count = lambda name: sum(math.prod(spec.shape) for spec in source.reference(name)[0].values())
   assert (count("clip"), count("unet"), count("vae")) == (413_534_448, 1_604_462_752 + 7_969_536, 312_250_275)
   assert source.dropped() == ["vision_model.head.probe"]
+  assert source.sampling == {"decoder_steps": 30, "decoder_solver": "dpm++", "decoder_null": "image"}
   with pytest.raises(UserError, match="no place for any of its parts"):
     release.write(source, tmp_path / "out")
   assert not (tmp_path / "out").exists()

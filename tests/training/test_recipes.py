@@ -6,11 +6,13 @@ from helpers import GOLDEN
 
 from blip3o_jax.data import pipeline
 from blip3o_jax.models.blip3o import DESIGNS
+from blip3o_jax.planning.programs import abstract_batch
 from blip3o_jax.sharding.mesh import make_mesh
 from blip3o_jax.training import state, trainer
 from blip3o_jax.training.config import leaves, load_config
 
-RECIPES = sorted((GOLDEN.parent.parent / "configs").glob("*.py"))
+CONFIGS = GOLDEN.parent.parent / "configs"
+RECIPES = sorted(CONFIGS.glob("*.py"))
 
 # The table of pre-training (spec 11.1) and the sections it refers to.
 PRETRAIN = {
@@ -154,3 +156,21 @@ def test_the_program_builds(recipe):
   assert state.count(program.state.trained) == TRAINED.get(recipe.stem, state.count(program.state.trained))
   groups, _ = pipeline.parse(config.data.to_dict())
   pipeline.split_rows(groups, config.batch_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "name",
+  ["pretrain_8b", "joint", "understanding", "study_clip_mse", "study_vae_flow", "decoder_sdxl", "decoder_sana"],
+)
+def test_the_step_at_full_size(name):
+  """The whole update is traced on the shapes of a real batch; nothing is allocated or compiled."""
+  config = load_config(CONFIGS / f"{name}.py")
+  mesh = make_mesh({"data": 1, "fsdp": -1}, devices=jax.devices()[:1])
+  program = trainer.build(config, mesh)
+  batch = abstract_batch(config, program.model.cfg, mesh)
+  with jax.set_mesh(mesh):
+    after, scalars = jax.eval_shape(program.step, program.state, program.frozen, batch)
+  shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert shapes(after) == shapes(program.state)
+  assert scalars["loss"].shape == () and {"grad_norm", "learning_rate"} <= set(scalars)
