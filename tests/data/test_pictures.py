@@ -27,6 +27,8 @@ def test_siglip_sees_what_its_processor_gives(picture):
   assert ours.shape == (32, 32, 3) and ours.dtype == np.uint8
   np.testing.assert_allclose(ours.astype(np.float32) / 127.5 - 1, theirs.transpose(1, 2, 0), atol=1e-6)
   np.testing.assert_array_equal(ours, siglip().read(np.asarray(picture)))
+  silent = {key: value for key, value in SIGLIP.items() if key != "resample"}
+  assert SiglipPictures.from_reference(silent, size=32, count=4, image_token=9) == siglip()
   cubic = SiglipPictures.from_reference(SIGLIP | {"resample": 3}, size=32, count=4, image_token=9)
   assert (cubic.read(picture) != ours).any()
 
