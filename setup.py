@@ -19,6 +19,7 @@ BASE = [
   "optax>=0.2.5",
   "orbax-checkpoint>=0.11.28",
   "grain>=0.2.12",
+  "array_record>=0.7",
   "transformers>=5",
   "tokenizers>=0.21",
   "tensorflow-datasets>=4.9.9",

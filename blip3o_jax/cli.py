@@ -169,6 +169,20 @@ def make_parser() -> argparse.ArgumentParser:
   shapes.add_argument("--seed", type=int, default=0)
   for size in ("contrastive", "pretrain", "instruct", "understanding", "text-only", "held-out", "shard-size"):
     shapes.add_argument(f"--{size}", type=_count, default=argparse.SUPPRESS, metavar="N")
+  cache = command("cache-features", _cache_features, "compute the CLIP features of pictures once, to train from", data)
+  model(cache)
+  cache.add_argument("--data", required=True, metavar="SHARDS", help="pictures with captions, as for training")
+  cache.add_argument("--out", required=True, type=Path, metavar="DIR", help="what data.path of a config then names")
+  cache.add_argument("--resize", choices=("crop", "squash"), default=argparse.SUPPRESS, help="(default crop)")
+  cache.add_argument(
+    "--dtype", choices=("bfloat16", "float32"), default=argparse.SUPPRESS, help="computed and stored (default bfloat16)"
+  )
+  for option, text in (
+    ("batch-size", "pictures at a time, a process (default 64)"),
+    ("shard-size", "pictures a file (default 4096)"),
+    ("threads", "that read and decode (default 8)"),
+  ):
+    cache.add_argument(f"--{option}", type=_positive, default=argparse.SUPPRESS, metavar="N", help=text)
   index = command("index", _index, "leave beside tar shards where their samples lie, for a fast start", data)
   index.add_argument("path", nargs="+", metavar="PATH", help="shards, folders or patterns, local or in a bucket")
   index.add_argument("--processes", type=_positive, default=os.cpu_count(), metavar="N")
@@ -309,6 +323,13 @@ def _make_shapes(args):
 
   sizes = ("contrastive", "pretrain", "instruct", "understanding", "text_only", "held_out", "shard_size")
   print(make_shapes(args.out, seed=args.seed, **_given(args, *sizes)))
+
+
+def _cache_features(args):
+  from blip3o_jax.jobs import cache_features
+
+  options = _given(args, "resize", "dtype", "batch_size", "shard_size", "threads")
+  cache_features.run(args.model, args.data, args.out, **options)
 
 
 def _index(args):

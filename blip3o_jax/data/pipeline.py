@@ -18,6 +18,7 @@ import numpy as np
 from absl import flags
 
 from blip3o_jax.data import templates, transforms
+from blip3o_jax.data.features import FeatureSource
 from blip3o_jax.data.mixture import Mixture
 from blip3o_jax.data.pictures import Pictures, QwenPictures
 from blip3o_jax.data.sources import SourceConfig, open_source
@@ -31,7 +32,7 @@ _REPLACEMENTS = 16  # so many bad samples in a row are no accident
 class DataConfig:
   """Where samples are and how one becomes arrays: `config.data`, or one of its `groups`.
 
-  task: images | captions | generation | conversations.
+  task: images | captions | generation | features | conversations.
   path: what data.sources.SourceConfig.path is, where there is one source; else `sources`: its fields by name of source.
   image_size: side of `pixels`; resize: crop | squash. max_length: tokens a row. max_patches: patches a row, where
   pictures may have any size (Qwen2.5-VL).
@@ -196,6 +197,8 @@ def open_mixture(config: DataConfig) -> Mixture:
   for name, fields in named.items():
     source = _fields(SourceConfig, fields, f"data.sources.{name}")
     opened[name], weights[name] = open_source(source), source.weight
+    if (cached := isinstance(opened[name], FeatureSource)) != (config.task == "features"):
+      raise UserError(f"{name} holds {'features' if cached else 'no cached features'}, data.task is {config.task}")
   return Mixture(opened, weights)
 
 
@@ -285,7 +288,8 @@ def _warn(error: UserError) -> None:
 
 def make_builder(cfg: DataConfig, tokenizer=None, pictures: Pictures | None = None) -> Callable[[dict], dict]:
   """The function from a record of a source to the arrays of one sample, for `cfg.task`."""
-  builders = {"images": _Images, "captions": _Captions, "generation": _Generation, "conversations": _Conversations}
+  builders = {"images": _Images, "captions": _Captions, "generation": _Generation, "features": _Features}
+  builders["conversations"] = _Conversations
   if cfg.task not in builders:
     raise UserError(f"data task {cfg.task!r} is unknown; choose one of {', '.join(builders)}")
   if cfg.task != "images" and tokenizer is None:
@@ -348,13 +352,23 @@ class _Generation(_Builder):
   """pixels; tokens and token_mask of the prompt, its last token the image start; positions [3, L], all axes alike."""
 
   def __call__(self, record: dict) -> dict[str, np.ndarray]:
+    return {"pixels": self.pixels(record)} | self.prompt(record)
+
+  def prompt(self, record: dict) -> dict[str, np.ndarray]:
     cfg = self.cfg
     # The tail of a long prompt is cut, as the release does (to 448 there, with the image start; spec 4.2).
     tokens = templates.generation_prompt(self.tokenizer, self.text(record), form=cfg.form, wording=cfg.wording)
     row = self.row(tokens, last=self.tokenizer.image_start)
     positions = np.where(row["token_mask"], np.arange(cfg.max_length), 0)
     positions = np.broadcast_to(positions.astype(np.int32), (3, cfg.max_length))
-    return {"pixels": self.pixels(record), "positions": positions} | row
+    return {"positions": positions} | row
+
+
+class _Features(_Generation):
+  """The same with the picture's cached features [N, C] in the place of its pixels."""
+
+  def __call__(self, record: dict) -> dict[str, np.ndarray]:
+    return {"features": record["features"]} | self.prompt(record)
 
 
 class _Conversations(_Builder):

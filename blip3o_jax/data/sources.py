@@ -17,6 +17,7 @@ import msgpack
 import numpy as np
 
 from blip3o_jax.data import files
+from blip3o_jax.data.features import MANIFEST, FeatureSource
 from blip3o_jax.data.tars import TarSource
 from blip3o_jax.errors import UserError
 
@@ -38,7 +39,7 @@ class SourceConfig:
 
   path: one path, pattern or list of these (see data.files.expand), local or in a bucket, all of one kind:
     tars `*.tar` (WebDataset); rows `*.jsonl`; ArrayRecord `*.array_record*`; a folder of any of these; a prepared TFDS
-    dataset (its folder, or `tfds:NAME` for one under TFDS_DATA_DIR).
+    dataset (its folder, or `tfds:NAME` for one under TFDS_DATA_DIR); a folder of cached features (data.features).
   weight: share in a mixture; 0 = the number of its samples, so that sources are as good as concatenated (spec 11.2).
   image, text: which fields of a row or features of a TFDS dataset are the picture and its caption; "" = image, and
     text or caption, whichever there is.
@@ -63,6 +64,8 @@ def open_source(cfg: SourceConfig | str | os.PathLike) -> Source:
   cfg = cfg if isinstance(cfg, SourceConfig) else SourceConfig(os.fspath(cfg))
   if isinstance(cfg.path, str) and cfg.path.startswith(TFDS):
     return TfdsSource(cfg)
+  if isinstance(cfg.path, str) and os.path.exists(os.path.join(cfg.path, MANIFEST)):
+    return FeatureSource(cfg.path)
   found = files.expand(cfg.path)
   if len(found) == 1 and _is_tfds(found[0]):
     return TfdsSource(dataclasses.replace(cfg, path=found[0]))

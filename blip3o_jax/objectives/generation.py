@@ -54,6 +54,7 @@ def _loss(
 ):
   call = lambda *args, method, **kwargs: model.apply({"params": params}, *args, method=method, **kwargs)
   x1 = batch["features"] if "features" in batch else call(batch["pixels"], method="image_target")
+  x1 = x1.astype(model.dtype)  # cached features may be stored in fewer bits, the draws below must not follow
   x1 = jax.lax.stop_gradient(x1)
   b, n, c = x1.shape
   side = int(n**0.5)

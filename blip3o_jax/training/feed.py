@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from blip3o_jax.data import pipeline
+from blip3o_jax.data import features, pipeline
 from blip3o_jax.data.tokenizer import load_tokenizer
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.blip3o import Blip3oConfig
@@ -31,7 +31,8 @@ def open_loader(config: ConfigDict, architecture: Blip3oConfig, start_step: int)
   """This process's part of the batches, from `start_step` on.
 
   Raises:
-    UserError: missing data or tokenizer, on any process; conversations for a backbone that sees no pictures.
+    UserError: missing data or tokenizer, on any process; cached features of another encoder than init_from has;
+      conversations for a backbone that sees no pictures.
   """
   configs, reading = pipeline.parse(config.data.to_dict())
   groups, error = [], None
@@ -64,11 +65,22 @@ def preparation(config: ConfigDict, architecture: Blip3oConfig) -> dict[str, Any
   """
   source = open_model(config.init_from) if config.init_from else None
   folder = tokenizer_dir(config, source)
+  for group in pipeline.parse(config.data.to_dict())[0].values():
+    if group.task == "features":
+      weights = source.content_hash("clip") if source and "clip" in source.components else None
+      for path in [one["path"] for one in group.sources.values()] or [group.path]:
+        features.check(path, features.identity(weights, architecture.clip, group.resize))
   preprocessor = source.image_preprocessor() if source else default_preprocessor(architecture)
   return {
     "tokenizer": load_tokenizer(folder) if folder else None,
     "pictures": open_pictures(architecture, preprocessor),
   }
+
+
+def cached(config: ConfigDict) -> bool:
+  """Whether batches bring the features of the CLIP encoder, which is then not needed: not on the devices, nowhere."""
+  tasks = {group.get("task") for group in config.data.get("groups", {"": config.data}).values()}
+  return "features" in tasks and "generation" not in tasks
 
 
 def tokenizer_dir(config: ConfigDict, source: Source | None) -> Path | None:

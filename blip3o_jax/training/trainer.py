@@ -25,7 +25,7 @@ from blip3o_jax.sharding import distributed, rules
 from blip3o_jax.sharding.mesh import make_mesh
 from blip3o_jax.training import metrics, optimizers, state
 from blip3o_jax.training.defaults import claim, complete
-from blip3o_jax.training.feed import Buckets, Prefetch, open_loader, tokenizer_dir
+from blip3o_jax.training.feed import Buckets, Prefetch, cached, open_loader, tokenizer_dir
 from blip3o_jax.training.preemption import StopFlag
 from blip3o_jax.training.profiling import Profile
 from blip3o_jax.training.samples import Sampler, components_to_draw
@@ -213,6 +213,8 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
   """
   objective = objectives.get(config.objective)
   components = tuple(config.components) or objective.COMPONENTS
+  if cached(config):
+    components = tuple(name for name in components if name != "clip")
   components += components_to_draw(config, components)
   dtype = jnp.dtype(config.compute_dtype)
   architecture = config.model.to_dict()

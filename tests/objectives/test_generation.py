@@ -19,6 +19,8 @@ B, SIDE, C, Q = 48, 4, 3, 5
 class Fake:
   """In place of the model: notes what it is asked for and answers with simple functions."""
 
+  dtype = jnp.float32
+
   def __init__(self):
     self.seen = {}
     rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from blip3o_jax.data import pipeline, shapes_corpus
 from blip3o_jax.errors import UserError
+from blip3o_jax.jobs import cache_features
 from blip3o_jax.porting import model_dir
 from blip3o_jax.training import feed, metrics, trainer
 from blip3o_jax.training.defaults import default_config
@@ -24,6 +25,14 @@ def corpus(tmp_path_factory):
   folder = corpus / "tokenizer"
   model_dir.write(corpus / "model", preset="micro", overrides=tiny.OVERRIDES, params=parts, tokenizer_dir=folder)
   return corpus
+
+
+@pytest.fixture(scope="module")
+def cache(corpus):
+  """The features of its pictures, in float32."""
+  out = corpus / "features"
+  cache_features.run(str(corpus / "model"), str(corpus / "pretrain"), out, dtype="float32", batch_size=8)
+  return str(out)
 
 
 TEXT = tiny.OVERRIDES["backbone"]["text"]
@@ -56,16 +65,34 @@ def plain(corpus, run):
   return run(config(corpus, prefix_pass=False))
 
 
-def test_all_of_them_change_nothing(corpus, run, plain, monkeypatch, capsys):
+def test_all_of_them_change_nothing(corpus, cache, run, plain, monkeypatch, capsys):
   lengths = []
   cut = feed.Buckets._cut_to
   monkeypatch.setattr(feed.Buckets, "_cut_to", lambda *args: lengths.append(args[2]) or cut(*args))
-  ours = run(config(corpus, buckets=(34,)))
-  assert lengths[:2] == [34, 64] and set(lengths[2:]) == {34, 64}
+  loader = feed.open_loader(config(corpus), tiny.config(), 0)
+  longest = [next(loader)["token_mask"].sum(axis=-1).max() for _ in range(4)]
+  bucket = int(min(longest))
+  ours = run(config(corpus, task="features", path=cache, buckets=(bucket,)))
+  assert lengths[:2] == [bucket, 64]
+  assert lengths[2:6] == [bucket if n == bucket else 64 for n in longest] and max(longest) > bucket
   told = capsys.readouterr().out
+  assert "clip" not in told.partition("step 1/4")[0], "the encoder is not needed, so it must not be read"
   assert told.index("compiled for 64 tokens") < told.index("step 1/4")  # all of them before the first step
   for key, tolerance in (("loss", 1e-6), ("grad_norm", 1e-5)):
     np.testing.assert_allclose([line[key] for line in ours], [line[key] for line in plain], rtol=tolerance)
+
+
+def test_stale_features_are_refused(corpus, cache, tmp_path):
+  """Other weights, and another way to a square."""
+  parts = {name: tiny.params(seed=1 if name == "clip" else 0)[name] for name in ("backbone", "queries", "dit", "clip")}
+  model_dir.write(tmp_path, preset="micro", overrides=tiny.OVERRIDES, params=parts, tokenizer_dir=corpus / "tokenizer")
+  other = config(corpus, task="features", path=cache)
+  other.init_from = str(tmp_path)
+  squashed = config(corpus, task="features", path=cache, resize="squash")
+  for stale, words in [(other, "stale features, weights was '"), (squashed, "resize was 'crop', is 'squash'")]:
+    with pytest.raises(UserError, match=words):
+      feed.open_loader(stale, tiny.config(), 0)
+  feed.open_loader(config(corpus, task="features", path=cache), tiny.config(), 0)
 
 
 # ---- what the step computes, read off its program

@@ -1,0 +1,160 @@
+"""CLIP features on disk, computed once by `blip3o data cache-features`: ArrayRecord shards and a manifest.
+
+clip_features.json                         what they were made of: encoder, preprocessing, data
+features-00003-of-00016.array_record       msgpack maps {"features": bytes, "text": str}, of a bad one {"error": str}
+
+64 x 1792 features in bfloat16 are 229,376 bytes. Record i is sample i of the data, a bad picture keeps its place, so
+training draws the same samples in the same order as from the pictures.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
+import msgpack
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from blip3o_jax.data.outputs import write_atomically
+from blip3o_jax.data.vision import CLIP_MEAN, CLIP_STD
+from blip3o_jax.errors import UserError
+
+MANIFEST = "clip_features.json"
+_INERT = ("remat", "norm_init")  # settings of the encoder that change no number it gives
+
+
+def identity(weights: str | None, clip: Any, resize: str) -> dict[str, Any]:
+  """All that features depend on beside the pictures.
+
+  Args:
+    weights: content hash of the encoder, None if it is not known.
+    clip: its configuration, an EvaClipConfig or a SiglipConfig.
+    resize: how a picture becomes a square, see transforms.square.
+  """
+  settings = {key: value for key, value in dataclasses.asdict(clip).items() if key not in _INERT}
+  known = {"weights": weights} if weights else {}
+  settings["kind"] = type(clip).__name__
+  return known | settings | {"resize": resize, "mean": list(CLIP_MEAN), "std": list(CLIP_STD)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """clip_features.json.
+
+  Attributes:
+    encoder: see `identity`. shape: (N, C) of a picture's features. dtype: bfloat16 | float32.
+    data: where the pictures were. samples: how many. shard_size: records a shard; the last may hold fewer.
+  """
+
+  encoder: dict[str, Any]
+  shape: tuple[int, int]
+  dtype: str
+  data: str
+  samples: int
+  shard_size: int
+
+  @property
+  def shards(self) -> list[tuple[str, range]]:
+    """(file name, indices of its samples) of every shard."""
+    count = -(-self.samples // self.shard_size)
+    span = lambda i: range(i * self.shard_size, min((i + 1) * self.shard_size, self.samples))
+    return [(f"features-{i:05d}-of-{count:05d}.array_record", span(i)) for i in range(count)]
+
+  def write(self, directory: str | os.PathLike) -> None:
+    """Write it, whole or not at all."""
+    content = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+    write_atomically(Path(directory, MANIFEST), content.encode())
+
+
+def read_manifest(directory: str | os.PathLike) -> Manifest:
+  """The manifest of a directory of features. Raises UserError if there is none, or it cannot be read."""
+  path = Path(directory, MANIFEST)
+  try:
+    fields = json.loads(path.read_text())
+    return Manifest(**fields | {"shape": tuple(fields["shape"])})
+  except FileNotFoundError:
+    raise UserError(f"no cached features at {directory}; make them with `blip3o data cache-features`") from None
+  except (ValueError, TypeError, KeyError) as error:
+    raise UserError(f"{path} is damaged ({error}); cache the features again, into another folder") from None
+
+
+def check(directory: str | os.PathLike, wanted: Mapping[str, Any]) -> None:
+  """Refuse features that another encoder or preprocessing made. `wanted`: see `identity`; raises UserError."""
+  made = read_manifest(directory).encoder
+  if differing := differences(made, {**made, **wanted}):
+    raise UserError(f"{directory}: stale features, {differing}; cache them again with this model, into another folder")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+  """In words, what two maps differ in; empty if in nothing."""
+  plain = json.loads(json.dumps([old, new]))  # tuples become lists, as in the file
+  keys = sorted(key for key in {*old, *new} if plain[0].get(key) != plain[1].get(key))
+  return "; ".join(f"{key} was {plain[0].get(key)!r}, is {plain[1].get(key)!r}" for key in keys)
+
+
+def pack(features: np.ndarray, text: str) -> bytes:
+  """The record of a good picture."""
+  return msgpack.packb({"features": features.tobytes(), "text": text})
+
+
+def pack_error(why: str) -> bytes:
+  """The record of a bad one."""
+  return msgpack.packb({"error": why})
+
+
+def write_shard(path: Path, records: Iterable[bytes]) -> None:
+  """Write one shard; it appears when it is complete. What a killed process left of it is removed."""
+  for left in path.parent.glob(f".{path.name}.*.tmp"):
+    left.unlink()
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    # Every record stands alone, for random access; features hardly compress.
+    writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1,uncompressed")
+    for record in records:
+      writer.write(record)
+    writer.close()
+    with temporary.open("rb") as file:
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+class FeatureSource:
+  """Random access to cached features (the protocol of data.sources).
+
+  Raises:
+    UserError: no features there, or not all of them yet.
+  """
+
+  def __init__(self, directory: str | os.PathLike):
+    self.manifest = read_manifest(directory)
+    self._directory = os.fspath(directory)
+    files = [(Path(directory, name), len(rows)) for name, rows in self.manifest.shards]
+    missing = sum(not path.exists() for path, _ in files)
+    if missing:
+      raise UserError(
+        f"{directory}: {missing} of {len(files)} shards are missing; run the same `blip3o data cache-features` again"
+      )
+    # With their sizes given, no file is opened before it is needed.
+    self._records = grain.sources.ArrayRecordDataSource([f"{path}[0:{count}]" for path, count in files])
+
+  def __len__(self) -> int:
+    return self.manifest.samples
+
+  def __repr__(self) -> str:
+    return f"FeatureSource({len(self.manifest.shards)} shards, {len(self)} samples)"
+
+  def __getitem__(self, index: int) -> dict:
+    """{"features": [N, C], "text": str, "image": None, "name": str}. Raises UserError where the picture was bad."""
+    record = msgpack.unpackb(self._records[index])
+    name = f"{self._directory}: sample {index}"
+    if "error" in record:
+      raise UserError(f"{name}: {record['error']}")
+    features = np.frombuffer(record["features"], np.dtype(self.manifest.dtype)).reshape(self.manifest.shape)
+    return {"features": features, "text": record["text"], "image": None, "name": name}
