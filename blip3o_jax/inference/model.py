@@ -27,6 +27,7 @@ from blip3o_jax.porting.locate import open_model
 from blip3o_jax.porting.preprocessor import open_pictures
 from blip3o_jax.porting.source import abstract_params
 from blip3o_jax.sharding import rules
+from blip3o_jax.sharding.distributed import whole
 
 
 def load(
@@ -126,7 +127,7 @@ class Model:
     pictures: list[list[np.ndarray]] = [[] for _ in rows]
     for part, real in self.batches(work, self.batch_size):
       pixels = self.draw([rows[p] for p, _ in part], [seeds[p] for p, _ in part], [i for _, i in part], sampling)
-      for (p, _), picture in list(zip(part, np.asarray(pixels), strict=True))[:real]:
+      for (p, _), picture in list(zip(part, whole(pixels), strict=True))[:real]:
         pictures[p].append(picture)
     return pictures
 
@@ -254,7 +255,7 @@ class Model:
 
     Fewer items than `size` make one part, rounded up to a power of two. A part divides over the mesh.
     """
-    places = 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in ("data", "fsdp"))
+    places = 1 if self.mesh is None else rules.places(self.mesh)
     if items and len(items) < size:
       size = min(size, 1 << (len(items) - 1).bit_length())
     size = -(-size // places) * places

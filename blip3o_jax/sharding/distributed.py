@@ -3,7 +3,9 @@
 import os
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from blip3o_jax.errors import UserError
 
@@ -40,7 +42,7 @@ def start() -> None:
       _use_all_cores()
   except KeyError as error:
     raise UserError(f"{_COORDINATOR} is set but {error.args[0]} is not; set all three or none") from error
-  except RuntimeError as error:
+  except (RuntimeError, ValueError) as error:  # nobody there, or numbers that are none
     where = explicit or "the coordinator found by JAX"
     raise UserError(f"could not join the other processes at {where}: {str(error).splitlines()[0]}") from error
 
@@ -66,3 +68,8 @@ def barrier(name: str, timeout_s: float = 600.0) -> None:
     ocp.multihost.get_barrier_sync_fn()(key=f"blip3o_jax/{name}", timeout_ms=int(timeout_s * 1000))
   except Exception as error:
     raise UserError(f"not every process reached {name!r} within {timeout_s:.0f} s; look for one that died") from error
+
+
+def whole(x: jax.Array) -> np.ndarray:
+  """The whole of an array that may lie on the devices of several processes; all of them call this."""
+  return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))

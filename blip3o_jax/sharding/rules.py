@@ -82,6 +82,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in _TABLE["batch"] if axis in mesh.shape)))
 
 
+def places(mesh: Mesh) -> int:
+  """Into how many parts a batch is cut."""
+  return math.prod(mesh.shape[axis] for axis in _TABLE["batch"] if axis in mesh.shape)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())

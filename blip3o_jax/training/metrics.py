@@ -24,7 +24,7 @@ class MetricLog:
     data_wait (share of step_seconds), save_seconds (that steps waited for saving); goodput since the first start.
 
   Lines after `start` are of a run that was cut off and goes on from there: they are dropped. Other processes than the
-  first write nothing.
+  first write nothing. A disk that takes no line is told; the lines wait for it.
   """
 
   def __init__(
@@ -54,7 +54,7 @@ class MetricLog:
       temporary = self.path.with_name(f".metrics.jsonl.{os.getpid()}")
       temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
       temporary.replace(self.path)
-      self._file = self.path.open("a")
+      self._file, self._waiting = self.path.open("ab", buffering=0), b""
 
   def add(
     self,
@@ -93,8 +93,7 @@ class MetricLog:
     self.last = {"step": step, "loss": values["loss"], **values, **speed, **counts}
     if not self._writes:
       return
-    self._file.write(json.dumps(self.last) + "\n")
-    self._file.flush()
+    self._write(json.dumps(self.last) + "\n")
     print(self._line(step, values | {k: n for k, n in counts.items() if n}, speed), flush=True)
     if self._board is not None:
       self._board.write_scalars(step, self.last)
@@ -120,6 +119,16 @@ class MetricLog:
     words += [f"saving {speed['save_seconds']:.1f} s"] if speed["save_seconds"] >= 0.05 else []
     shown = {k: v for k, v in values.items() if k != "loss" and (k != "skipped" or v)}
     return "  ".join([*words, " ".join(f"{k} {v:.4g}" for k, v in shown.items())])
+
+  def _write(self, line: str) -> None:
+    told = bool(self._waiting)
+    self._waiting += line.encode()
+    try:
+      while self._waiting:  # a disk that is nearly full takes a part
+        self._waiting = self._waiting[self._file.write(self._waiting) :]
+    except OSError as error:
+      if not told:
+        print(f"WARNING: {self.path} cannot be written ({error.strerror}); training goes on, lines wait", flush=True)
 
   def close(self) -> None:
     """Close the files; what is pending is not reported."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from blip3o_jax.data.outputs import encode_png, write_atomically
@@ -39,20 +40,27 @@ def components_to_draw(config: ConfigDict, components: Collection[str]) -> tuple
 class Sampler:
   """Draws `config.sample_prompts` with given weights. Has random numbers of its own: the training never notices."""
 
-  def __init__(self, config: ConfigDict, model: Blip3o, tokenizer_dir: Path | None, workdir: Path):
+  def __init__(self, config: ConfigDict, model: Blip3o, mesh: Mesh, tokenizer_dir: Path | None, workdir: Path):
     if tokenizer_dir is None:
       raise UserError("sample_every needs a tokenizer: set config.tokenizer, or an init_from that has one")
-    self._config, self._model, self._directory = config, model, workdir / "samples"
+    self._config, self._model, self._mesh, self._directory = config, model, mesh, workdir / "samples"
     self._tokenizer = load_tokenizer(tokenizer_dir)
 
-  def draw(self, step: int, params: Params) -> Path:
-    """Write STEP.png, a grid of one picture a prompt in their order, row by row. Called by all processes."""
-    model = Model(self._model, params, self._tokenizer, None, Sampling(), name="the model in training")
+  def draw(self, step: int, params: Params) -> str:
+    """Write STEP.png, a grid of one picture a prompt in their order, row by row. Called by all processes.
+
+    Returns: what has been done, or why not: a full disk is no reason to end a training.
+    """
+    name = "the model in training"
+    model = Model(self._model, params, self._tokenizer, None, Sampling(), name=name, mesh=self._mesh)
     drawn = model.generate(list(self._config.sample_prompts), seed=self._config.seed, **self._config.sampling.to_dict())
     path = self._directory / f"{step}.png"
-    if jax.process_index() == 0:
-      write_atomically(path, encode_png(grid([pictures[0] for pictures in drawn])))
-    return path
+    try:
+      if jax.process_index() == 0:
+        write_atomically(path, encode_png(grid([pictures[0] for pictures in drawn])))
+    except OSError as error:
+      return f"WARNING: samples of step {step} could not be written ({error.strerror})"
+    return f"samples: {path}"
 
 
 def grid(pictures: list[np.ndarray]) -> np.ndarray:

@@ -93,7 +93,7 @@ def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> Trai
   distributed.start()
   mesh = make_mesh(config.mesh, batch_size=config.batch_size, parts=config.accumulate)
   program = build(config, mesh)
-  sampler = Sampler(config, program.model, _tokenizer(config), workdir) if config.sample_every else None
+  sampler = Sampler(config, program.model, mesh, _tokenizer(config), workdir) if config.sample_every else None
   main_process = jax.process_index() == 0
   say = functools.partial(print, flush=True) if main_process else lambda *_: None
   say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
@@ -189,7 +189,7 @@ def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> Trai
           preempt(done)
         if sampler and done % config.sample_every == 0:
           with timing.lost("sample"):
-            say(f"samples: {sampler.draw(done, state.merge(train_state.ema or train_state.trained, frozen))}")
+            say(sampler.draw(done, state.merge(train_state.ema or train_state.trained, frozen)))
         if done == config.steps or done % config.save_every == 0:
           save(done, insist=done == config.steps)
     log.flush()

@@ -1,5 +1,7 @@
 """Orbax behind the store: exact, pruned, atomic, and honest about a full disk."""
 
+import os
+import socket
 import subprocess
 import sys
 
@@ -137,3 +139,55 @@ with Store({str(tmp_path)!r}, keep=5) as store:
     assert line == f"TOLD step {step} was not saved (File too large); the last saved step is 1"
   assert lines[1] == "latest 1" and lines[3].startswith("UserError step 4 could not be saved")
   assert lines[4] == "steps [1, 5] latest 5"
+
+
+_TWO = """
+import resource, signal, sys, time
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+import jax, numpy as np
+from jax.sharding import PartitionSpec
+from blip3o_jax.checkpoints.store import Store
+from blip3o_jax.sharding import distributed
+from blip3o_jax.sharding.mesh import make_mesh
+distributed.start()
+cut = jax.NamedSharding(make_mesh({"data": 2}), PartitionSpec("data"))
+rows = np.random.default_rng(jax.process_index()).normal(size=(500, 1000))
+state = {"w": jax.make_array_from_process_local_data(cut, rows)}
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+with Store(sys.argv[1], keep=5, timeout_s=10, tell=lambda words: print("TOLD", words)) as store:
+  store.save(1, state, {}, insist=True)
+  if jax.process_index() == 1:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+  store.save(2, state, {})
+  store.settle()
+  resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+  store.save(3, state, {}, insist=True)
+  print("steps", store._steps())
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_of_two_processes(tmp_path):
+  """Both tell, neither waits for ever, and both go on."""
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{s.getsockname()[1]}"
+  clean = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  clean["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+  pods = [
+    subprocess.Popen(
+      [sys.executable, "-c", _TWO, str(tmp_path)],
+      env=clean | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  outs = [p.communicate(timeout=200) for p in pods]
+  assert [p.returncode for p in pods] == [0, 0], outs
+  for out, _ in outs:
+    lines = out.splitlines()
+    assert lines[0].startswith("TOLD step 2 was not saved") and "the last saved step is 1" in lines[0], outs
+    assert lines[1] == "steps [1, 3]"
+  assert "File too large" in outs[1][0]

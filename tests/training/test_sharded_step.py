@@ -1,27 +1,36 @@
-"""The same losses on one device, on four, and in two processes; and the constraints are really in the program."""
+"""The same losses on one device, on eight, in two processes, and from one to the other; constraints and collectives."""
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import sharded
 import toy
+from PIL import Image
 
-FOUR = """
+import blip3o_jax
+from blip3o_jax.training import trainer
+
+EIGHT = """
 import sys
 import jax
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_log_compiles", True)
 import toy
 from blip3o_jax.training import trainer
 toy.install()
 workdir = sys.argv[1]
-for name, sizes in [("one", (1, 1, 1)), ("fsdp", (2, 2, 1)), ("tensor", (1, 2, 2))]:
-  mesh = dict(zip(("data", "fsdp", "tensor"), sizes))
+for name, sizes in [("one", (1, 1, 1, 1)), ("slices", (2, 2, 2, 1)), ("tensor", (1, 1, 4, 2))]:
+  mesh = dict(zip(("slice", "data", "fsdp", "tensor"), sizes))
   config = toy.config(steps=5, mesh=mesh, trainable=("head/", "enc/"), ema_decay=0.9)
   trainer.train(config, f"{workdir}/{name}")
 
@@ -45,13 +54,13 @@ def env(**more):
   return clean | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | more
 
 
-def test_four_devices(tmp_path):
+def test_eight_devices(tmp_path):
   done = subprocess.run(
-    [sys.executable, "-c", FOUR, str(tmp_path)], capture_output=True, text=True, env=env(), timeout=300
+    [sys.executable, "-c", EIGHT, str(tmp_path)], capture_output=True, text=True, env=env(), timeout=300
   )
   assert done.returncode == 0, done.stderr[-3000:]
   one = toy.losses(tmp_path / "one")
-  for name in ("fsdp", "tensor"):
+  for name in ("slices", "tensor"):
     other = toy.losses(tmp_path / name)
     np.testing.assert_allclose([other[s] for s in one], list(one.values()), rtol=1e-5)
   counts = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines() if line[:1] == "C"}
@@ -62,37 +71,130 @@ def test_four_devices(tmp_path):
   assert "Involuntary full rematerialization" not in done.stderr
 
 
+def test_goldens():
+  """Where every parameter lies, and what a step sends: a change is shown line by line (tests/shardings.py)."""
+  script = Path(__file__).parents[1] / "shardings.py"
+  done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env(JAX_PLATFORMS="cpu"))
+  assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+  assert "Involuntary full rematerialization" not in done.stderr
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
+def finish(processes):
+  """([status], [stdout and stderr]) of processes when all have ended."""
+  outs = [p.communicate(timeout=900) for p in processes]
+  return [p.returncode for p in processes], ["".join(text or "" for text in out) for out in outs]
+
+
 @pytest.mark.slow
-def test_two_processes_stop_together_and_go_on(tmp_path):
-  """Real jax.distributed over gloo: SIGTERM to one process, both save at the same step."""
-  import signal
-
-  args = json.dumps({"mesh": {"data": 2}, "data": {"sleep": 0.05}, "steps": 60})
-
-  def start(workdir):
-    with socket.socket() as s:
-      s.bind(("127.0.0.1", 0))
-      port = s.getsockname()[1]
-    pods = [
-      env(JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i)) for i in (0, 1)
-    ]
-    return [toy.run(workdir, args, env=e, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for e in pods]
-
-  def finish(processes):
-    outs = [p.communicate(timeout=240)[0] for p in processes]
-    return [p.returncode for p in processes], outs
-
-  status, outs = finish(start(tmp_path / "whole"))
+def test_the_real_model_on_every_mesh(tmp_path):
+  """The generation stage, 50 steps in float32: on one device, eight cut in every way, two processes of four. One of the
+  cuts draws samples on the way, which changes no loss either.
+  """
+  one = {"name": "one", "mesh": {"data": 1}}
+  mixed = {"slice": 2, "data": 1, "fsdp": 2, "tensor": 2}
+  cuts = [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 4, "tensor": 2}, mixed]
+  runs = [{"name": "-".join(f"{axis}{n}" for axis, n in cut.items()), "mesh": cut} for cut in cuts]
+  tokenizer = f"{blip3o_jax.__path__[0]}/assets/micro/tokenizer"
+  quick = {"steps": 2, "decoder_steps": 2, "decoder_guidance": 1.0}
+  prompts = ["a red circle", "two blue squares", "a star"]
+  runs[3] |= {"sample_every": 20, "sample_prompts": prompts, "sampling": quick, "tokenizer": tokenizer}
+  eight = sharded.run(tmp_path / "eight", one, *runs, devices=8)
+  status, (out,) = finish([eight])
+  assert status == [0], out[-3000:]
+  assert "Involuntary full rematerialization" not in out
+  port = free_port()
+  pods = [
+    sharded.run(tmp_path / "two", runs[0], runs[3], devices=4, port=port, index=i, processes=2) for i in range(2)
+  ]
+  status, outs = finish(pods)
   assert status == [0, 0], outs
-  pods = start(tmp_path / "cut")
+  assert not any("Involuntary full rematerialization" in out for out in outs)
+  expected = sharded.losses(tmp_path / "eight/one")
+  assert len(expected) == 50
+  for workdir in [*(tmp_path / "eight" / run["name"] for run in runs), *(tmp_path / "two").iterdir()]:
+    found = sharded.losses(workdir)
+    np.testing.assert_allclose([found[s] for s in expected], list(expected.values()), rtol=1e-5, err_msg=str(workdir))
+  name = runs[3]["name"]
+  sheets = [[_pixels(tmp_path / job / name / f"samples/{step}.png") for step in (20, 40)] for job in ("eight", "two")]
+  assert sheets[0][0].shape == (32, 32, 3) and (sheets[0][0][16:, 16:] == 255).all()
+  assert not np.array_equal(*sheets[0])  # the weights have moved
+  np.testing.assert_allclose(*np.asarray(sheets, np.int32), atol=2)
+
+
+def _pixels(path):
+  return np.asarray(Image.open(path))
+
+
+def pod(workdir, args, *, devices=1, count=2):
+  """`count` processes of the toy that are one job, each with `devices` devices."""
+  port = free_port()
+  names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+  start = lambda i: toy.run(
+    workdir, args, env=env(JAX_NUM_CPU_DEVICES=str(devices), JAX_PROCESS_ID=str(i), **names), **pipes
+  )
+  return [start(i) for i in range(count)]
+
+
+def alone(workdir, args, *, devices):
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+  return toy.run(workdir, args, env=env(JAX_NUM_CPU_DEVICES=str(devices)), **pipes)
+
+
+def same(ours, expected, rtol):
+  """The same samples at every step, to the bit, and the same losses to `rtol`."""
+  a, b = (trainer.metrics.read(workdir / "metrics.jsonl") for workdir in (ours, expected))
+  assert [line["step"] for line in a] == [line["step"] for line in b]
+  assert [line["ids"] for line in a] == [line["ids"] for line in b]
+  np.testing.assert_allclose([line["loss"] for line in a], [line["loss"] for line in b], rtol=rtol)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on_anywhere(tmp_path):
+  """Real jax.distributed over gloo. SIGTERM to one of two processes: both save at the same step and say 75. The run
+  goes on in two processes, to the bit; or on another number of processes and devices, and another mesh."""
+  args = lambda **mesh: json.dumps({"mesh": mesh, "data": {"sleep": 0.05}, "steps": 60, "trainable": ["head/", "enc/"]})
+  two = args(data=2, fsdp=4)
+  status, outs = finish(pod(tmp_path / "whole", two, devices=4))
+  assert status == [0, 0], outs
+  pods = pod(tmp_path / "cut", two, devices=4)
   toy.wait_for(tmp_path / "cut", 5, pods[0])
   pods[1].send_signal(signal.SIGTERM)
   status, outs = finish(pods)
   assert status == [75, 75], outs
-  status, outs = finish(start(tmp_path / "cut"))
+  shutil.copytree(tmp_path / "cut", tmp_path / "moved")
+  status, outs = finish(pod(tmp_path / "cut", two, devices=4))
   assert status == [0, 0], outs
-  assert toy.losses(tmp_path / "cut") == toy.losses(tmp_path / "whole")
-  done = toy.run(tmp_path / "single", args)
-  assert done.wait() == 0
-  single, double = toy.losses(tmp_path / "single"), toy.losses(tmp_path / "whole")
-  np.testing.assert_allclose([double[s] for s in single], list(single.values()), rtol=1e-5)
+  same(tmp_path / "cut", tmp_path / "whole", rtol=0)
+
+  process = alone(tmp_path / "moved", args(fsdp=4, tensor=2), devices=8)
+  toy.wait_for(tmp_path / "moved", 25, process)
+  process.send_signal(signal.SIGTERM)
+  status, outs = finish([process])
+  assert status == [75], outs
+  status, outs = finish([alone(tmp_path / "moved", args(data=1), devices=1)])
+  assert status == [0], outs
+  same(tmp_path / "moved", tmp_path / "whole", rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_process_does_not_leave_the_other_waiting(tmp_path):
+  """kill -9 of one of two: the other ends by itself, with a status that is no success, and the job goes on exactly."""
+  args = json.dumps({"mesh": {"data": 2}, "data": {"sleep": 0.05}, "steps": 40, "save_every": 4})
+  status, outs = finish(pod(tmp_path / "whole", args))
+  assert status == [0, 0], outs
+  pods = pod(tmp_path / "cut", args)
+  toy.wait_for(tmp_path / "cut", 15, pods[0])
+  pods[1].kill()
+  start = time.monotonic()
+  status, outs = finish(pods)
+  assert status[0] not in (0, 75) and time.monotonic() - start < 300, outs  # JAX's heartbeat, 100 s
+  status, outs = finish(pod(tmp_path / "cut", args))
+  assert status == [0, 0], outs
+  same(tmp_path / "cut", tmp_path / "whole", rtol=0)

@@ -1,11 +1,15 @@
 """The trainer end to end on a toy: what it learns, what it leaves, and that it goes on as if nothing had happened."""
 
+import contextlib
 import json
 import os
+import re
 import signal
+import subprocess
 import threading
 import time
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -165,6 +169,8 @@ def test_accumulation_gives_the_same_update(tmp_path):
   np.testing.assert_allclose(
     list(toy.losses(tmp_path / "one").values()), list(toy.losses(tmp_path / "four").values()), rtol=1e-5
   )
+  norms = [[x["grad_norm"] for x in trainer.metrics.read(tmp_path / n / "metrics.jsonl")] for n in ("one", "four")]
+  np.testing.assert_allclose(*norms, rtol=1e-5)
 
 
 def test_non_finite_updates_are_skipped(tmp_path):
@@ -370,17 +376,82 @@ def test_killed_process_goes_on_exactly(whole, tmp_path, number, status):
 
 @pytest.mark.slow
 def test_kill_nine_at_random_moments(tmp_path):
-  """A save every step, so that many kills fall into one."""
-  args = json.dumps({"save_every": 1, "steps": 60, "data": {"sleep": 0.01}})
-  assert toy.run(tmp_path / "whole", args).wait() == 0
-  rng = np.random.default_rng(0)
-  for _ in range(6):
+  """A save every step, so that many of the twenty kills fall into one. Losses and samples are the same to the bit."""
+  args = json.dumps({"save_every": 1, "steps": 400, "data": {"sleep": 0.01}})
+  assert toy.run(tmp_path / "whole", json.dumps({"steps": 400})).wait() == 0
+  rng, torn = np.random.default_rng(0), 0
+  for _ in range(20):
     process = toy.run(tmp_path / "cut", args)
-    toy.wait_for(tmp_path / "cut", 1, process)
-    time.sleep(rng.uniform(0, 1.5))
+    toy.wait_for(tmp_path / "cut", 1 + len(toy.losses(tmp_path / "cut")), process)
+    time.sleep(rng.uniform(0, 0.4))
     process.kill()
-    process.wait()
-    if (tmp_path / "cut/model").exists():
-      break
+    assert process.wait() == -9
+    torn += any("tmp" in path.name for path in (tmp_path / "cut/checkpoints").iterdir())
+  assert torn >= 3, "the kills did not fall into saves"
   assert toy.run(tmp_path / "cut", args).wait() == 0
   assert toy.losses(tmp_path / "cut") == toy.losses(tmp_path / "whole")
+  ids = [[line["ids"] for line in trainer.metrics.read(tmp_path / run / "metrics.jsonl")] for run in ("cut", "whole")]
+  assert ids[0] == ids[1]
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_and_is_cleared(tmp_path):
+  """A real file system of 2 MiB where one may be mounted."""
+  small = tmp_path / "small"
+  small.mkdir()
+  if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", small], capture_output=True).returncode:
+    pytest.skip("may not mount a file system")
+  try:
+    args = json.dumps({"steps": 200, "save_every": 20, "data": {"sleep": 0.02}})
+    process = toy.run(small / "run", args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    toy.wait_for(small / "run", 25, process)
+    filler = small / "filler"
+    with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+      while file.write(bytes(4096)):
+        pass
+    time.sleep(2)
+    filler.unlink()
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "was not saved (No space left on device)" in out, out
+    assert "metrics.jsonl cannot be written (No space left on device)" in out
+    assert list(toy.losses(small / "run")) == list(range(1, 201))
+    assert os.listdir(small / "run/checkpoints") == ["200"]
+  finally:
+    subprocess.run(["umount", "-l", small], check=True)
+
+
+@pytest.mark.slow
+def test_soak(tmp_path):
+  """Thousands of steps with forced restarts: memory and open files stay as they are, old checkpoints go."""
+
+  def watch(process, until):
+    """(resident MiB, open files) about every 50 steps until `until` is logged or the process ends."""
+    seen, last = [], 0
+    while process.poll() is None and last < until:
+      lines = trainer.metrics.read(tmp_path / "run/metrics.jsonl")
+      if lines and lines[-1]["step"] >= last + 50:
+        last = lines[-1]["step"]
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        files = len(os.listdir(f"/proc/{process.pid}/fd"))
+        seen.append((int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024, files))
+      time.sleep(0.02)
+    return seen
+
+  args = json.dumps({"steps": 5000, "save_every": 20, "log_every": 10, "keep": 3, "ema_decay": 0.9})
+  for until, number, status in [(400, signal.SIGKILL, -9), (900, signal.SIGTERM, 75), (1400, signal.SIGKILL, -9)]:
+    process = toy.run(tmp_path / "run", args)
+    watch(process, until)
+    process.send_signal(number)
+    assert process.wait() == status
+  process = toy.run(tmp_path / "run", args)
+  seen = watch(process, 10_000)
+  assert process.wait() == 0
+  memory, files = np.asarray(seen).T
+  third = len(seen) // 3
+  print(f"{len(seen)} looks: {memory[third]:.0f} MiB then, {memory[-1]:.0f} MiB at last; {files[third:].max()} files")
+  assert len(seen) > 30
+  assert np.median(memory[-third:]) < np.median(memory[third : 2 * third]) + 8
+  assert files[-third:].max() <= files[third : 2 * third].max() + 4
+  assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["4960", "4980", "5000"]
+  lines = trainer.metrics.read(tmp_path / "run/metrics.jsonl")
+  assert [line["step"] for line in lines] == [1, *range(10, 5001, 10)]
