@@ -14,14 +14,13 @@ from blip3o_jax.data.tokenizer import load_tokenizer
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference.image import Sampling
 from blip3o_jax.inference.model import Model
-from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.models.blip3o import DESIGNS, Blip3o, Blip3oConfig
 from blip3o_jax.types import Params
 
-DRAWN_BY = ("backbone", "queries", "dit")  # what an objective must hold for prompts to become features
-DECODER = ("unet", "vae")  # what turns these into pixels
+DECODER = ("unet", "vae")  # what turns features into pixels; no objective that draws needs to hold these
 
 
-def components_to_draw(config: ConfigDict, components: Collection[str]) -> tuple[str, ...]:
+def components_to_draw(config: ConfigDict, cfg: Blip3oConfig, components: Collection[str]) -> tuple[str, ...]:
   """The components to load beside those of the objective, if pictures are asked for.
 
   Raises:
@@ -31,10 +30,11 @@ def components_to_draw(config: ConfigDict, components: Collection[str]) -> tuple
     return ()
   if not config.sample_prompts:
     raise UserError("sample_every is set without sample_prompts; name what to draw")
-  if missing := [name for name in DRAWN_BY if name not in components]:
+  needed = DESIGNS[cfg.design] + (("clip",) if config.sampling.get("decoder_null") == "image" else ())
+  absent = tuple(name for name in needed if name not in components)
+  if missing := [name for name in absent if name not in (*DECODER, "clip")]:
     raise UserError(f"sample_every: objective {config.objective} draws no pictures, it has no {', '.join(missing)}")
-  needed = (*DECODER, "clip") if config.sampling.get("decoder_null") == "image" else DECODER
-  return tuple(name for name in needed if name not in components)
+  return absent
 
 
 class Sampler:

@@ -215,10 +215,10 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
   components = tuple(config.components) or objective.COMPONENTS
   if cached(config):
     components = tuple(name for name in components if name != "clip")
-  components += components_to_draw(config, components)
   dtype = jnp.dtype(config.compute_dtype)
   architecture = config.model.to_dict()
   cfg = presets.get(architecture["preset"], architecture["overrides"])
+  components += components_to_draw(config, cfg, components)
   model = Blip3o(presets.with_remat(cfg, config.remat) if config.remat else cfg, dtype=dtype)
   optimizer = optimizers.make_optimizer(config.optimizer)
   schedule = optimizers.make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
