@@ -161,6 +161,11 @@ def make_parser() -> argparse.ArgumentParser:
   verify.add_argument("fixtures", nargs="+", type=Path, metavar="FIXTURE_DIR")
   verify.add_argument("--json", action="store_true", help="print the result as JSON")
 
+  doctor = command("doctor", _doctor, "the first ten minutes on a new slice, GPU or CPU: is all right, how fast is it?")
+  doctor.add_argument("--model", default="micro", metavar="DIR", help="what trains and draws (default micro)")
+  doctor.add_argument("--out", type=Path, metavar="DIR", help="gets doctor.json and a picture, to share")
+  doctor.add_argument("--recordings", nargs="+", type=Path, metavar="DIR", help="(default: those of a checkout)")
+
   data = command("data", None, "make and look at data").add_subparsers(
     dest="data_command", required=True, metavar="COMMAND", parser_class=_Parser
   )
@@ -316,6 +321,16 @@ def _verify(args):
   from blip3o_jax import verification
 
   verification.verify(args.fixtures, as_json=args.json)
+
+
+def _doctor(args):
+  from blip3o_jax.sharding import distributed
+
+  distributed.start()  # before anything touches a device
+  from blip3o_jax import verification
+  from blip3o_jax.planning import doctor
+
+  doctor.run(args.model, args.out, args.recordings or doctor.default_recordings(), verification.replay)
 
 
 def _make_shapes(args):

@@ -49,7 +49,7 @@ def attention(
   scale = q.shape[-1] ** -0.5 if scale is None else scale
   if mask is None and min(q.shape[1], k.shape[1]) >= LANES and target_platform() == "tpu":
     return _on_mesh(functools.partial(splash_attention, causal=causal, scale=scale), q, k, v, segments)
-  return plain_attention(q, k, v, _dense(q, k, mask, causal, segments), scale=scale)
+  return plain_attention(q, k, v, dense_mask(q, k, mask, causal, segments), scale=scale)
 
 
 def target_platform() -> str:
@@ -78,7 +78,7 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | 
   return jnp.einsum("bgrls,bsgk->blgrk", probs, v).reshape(b, length, heads, v.shape[-1])
 
 
-def _dense(q, k, mask, causal: bool, segments: Segments | None) -> jax.Array | None:
+def dense_mask(q, k, mask, causal: bool, segments: Segments | None) -> jax.Array | None:
   """The bool mask [B, 1 or H, L, S] that all three ways to give one make together."""
   length, slots = q.shape[1], k.shape[1]
   both = lambda a, b: b if a is None else a & b

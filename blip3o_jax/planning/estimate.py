@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from blip3o_jax.models import flops
 from blip3o_jax.models.blip3o import Blip3oConfig
 from blip3o_jax.planning import cost, programs
 from blip3o_jax.planning.topology import Topology
@@ -67,7 +68,7 @@ class _Shapes:
 
   @property
   def text(self) -> Any:
-    return getattr(self.cfg.backbone, "text", self.cfg.backbone)
+    return flops.text_of(self.cfg.backbone)
 
   @property
   def length(self) -> int:

@@ -92,7 +92,7 @@ def run(config: ConfigDict, name: str, *, slices: int = 1, job: str = "train", a
 
 def record(plan: Plan) -> dict[str, Any]:
   """The plan as JSON: bytes, seconds, operations."""
-  chip = dataclasses.asdict(plan.topology.chip)
+  chip = dataclasses.asdict(plan.topology.chip) | {"flops": plan.topology.chip.flops}
   return {
     "job": plan.job,
     "topology": plan.topology.name,
@@ -106,7 +106,7 @@ def record(plan: Plan) -> dict[str, Any]:
     "bound_seconds": plan.seconds,
     "bound_images_per_second": plan.images_per_second,
     "advice": list(plan.advice),
-    "chip": {key: chip[key] for key in ("name", "hbm", "flops", "hbm_bandwidth", "ici_bandwidth", "source")},
+    "chip": {key: chip[key] for key in ("kind", "hbm", "flops", "hbm_bandwidth", "ici_bandwidth", "source")},
     "programs": [dataclasses.asdict(c) | {"bound_by": c.bounds.by, "peak_bytes": c.memory.peak} for c in plan.costs],
     "note": CAVEAT,
   }
@@ -120,7 +120,7 @@ def page(plan: Plan) -> str:
   chip, mesh = plan.topology.chip, ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
   chips = len(plan.topology.devices)
   lines = [
-    f"{plan.job} on {plan.topology.slices} x {plan.topology.name} ({chips} x {chip.name}), mesh {mesh or 'of one'}",
+    f"{plan.job} on {plan.topology.slices} x {plan.topology.name} ({chips} x {chip.kind}), mesh {mesh or 'of one'}",
     f"batch of {plan.images} images, {plan.images / chips:g} a chip; remat {plan.remat or 'as the preset says'}",
     f"chip: {_size(chip.hbm)} usable, {chip.flops / 1e12:g} Tflop/s bfloat16, HBM {_speed(chip.hbm_bandwidth)}, "
     f"ICI {_speed(chip.ici_bandwidth)} out, DCN {_speed(chip.dcn_bandwidth)}  ({chip.source})",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from blip3o_jax import objectives
 from blip3o_jax.data import pipeline
 from blip3o_jax.data.outputs import encode_png
 from blip3o_jax.data.tokenizer import load_tokenizer
@@ -19,7 +20,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.inference import image as drawing
 from blip3o_jax.models import flops, presets
 from blip3o_jax.models.blip3o import Blip3o, Blip3oConfig
-from blip3o_jax.models.flops import Pass, training_flops
+from blip3o_jax.models.flops import training_flops
 from blip3o_jax.porting.locate import open_model
 from blip3o_jax.porting.preprocessor import default_preprocessor, open_pictures
 from blip3o_jax.porting.source import abstract_params
@@ -52,7 +53,7 @@ def build(config: ConfigDict, mesh: Mesh, job: str) -> list[Program]:
   """The programs of a job on a mesh; a batch of `config.batch_size` images goes through each of them once.
 
   Raises:
-    UserError: an unknown job; an objective or data task whose cost is not known here.
+    UserError: an unknown job; an objective whose cost is not known.
   """
   if job not in JOBS:
     raise UserError(f"--for {job!r} is unknown; choose one of {', '.join(JOBS)}")
@@ -71,9 +72,7 @@ def _train(config: ConfigDict, mesh: Mesh) -> list[Program]:
     with jax.set_mesh(mesh):
       return program.step.lower(*arguments)
 
-  trained = set(program.state.trained)
-  passes = objective_passes(config, program.model.cfg, batch)
-  counts = {part: training_flops([p], trained) for part, p in passes.items()}
+  counts = training_parts(config, program.model.cfg, batch, set(program.state.trained))
   return [Program("step", lower, arguments, program.params, counts)]
 
 
@@ -102,37 +101,20 @@ def _white_png() -> bytes:
   return encode_png(np.full((8, 8, 3), 255, np.uint8))
 
 
-def objective_passes(config: ConfigDict, cfg: Blip3oConfig, batch: Batch) -> dict[str, Pass]:
-  """What one example goes through in a step, {part: pass}.
+def training_parts(config: ConfigDict, cfg: Blip3oConfig, batch: Batch, trained: Collection[str]) -> dict[str, float]:
+  """Operations of one example in a training step by part: what a component computes forward alone, and the rest of it.
 
   Raises:
-    UserError: an objective that has no entry here.
+    UserError: the objective does not say through which parts it goes.
   """
-  text = getattr(cfg.backbone, "text", cfg.backbone)
-  length = batch["tokens"].shape[1] if "tokens" in batch else 0
-  parts: dict[str, Pass] = {}
-  if config.objective in ("generation", "decoding") and "pixels" in batch:
-    parts["encoder"] = Pass("clip", flops.clip_encoder(cfg.clip), gradient=False)
-  if config.objective == "generation":
-    prefix = config.objective_args.get("prefix_pass", True)
-    parts["backbone, prompt"] = Pass("backbone", flops.text_decoder(text, length), gradient=not prefix)
-    parts["backbone, queries"] = Pass("backbone", flops.text_decoder(text, cfg.queries, cached=length))
-    parts["DiT"] = Pass("dit", flops.next_dit(cfg.dit, cfg.queries))
-  elif config.objective == "decoding":
-    side, tokens = cfg.image_size // cfg.vae.downsampling, math.prod(cfg.dit.grid)
-    parts["VAE"] = Pass("vae", flops.vae_encode(cfg.vae, cfg.image_size), gradient=False)
-    parts["UNet"] = Pass("unet", flops.unet(cfg.unet, side, tokens))
-  elif config.objective == "understanding":
-    if "patches" in batch:
-      parts["vision tower"] = Pass("backbone", flops.qwen_vision(cfg.backbone.vision, batch["patches"].shape[1]))
-    parts["backbone"] = Pass("backbone", flops.text_decoder(text, length))
-    parts["vocabulary"] = Pass("backbone", flops.text_logits(text, length))
-  else:
-    raise UserError(
-      f"the cost of objective {config.objective!r} is not known to planning; it knows generation, "
-      "decoding and understanding"
-    )
-  return parts
+  objective = objectives.get(config.objective)
+  if not hasattr(objective, "passes"):
+    raise UserError(f"objective {config.objective!r} has no passes(), so its cost is not known")
+  parts: dict[str, float] = {}
+  for one in objective.passes(cfg, jax.tree.map(lambda x: x.shape, batch), config.objective_args.to_dict()):
+    part = one.component if one.gradient else f"{one.component}, forward only"
+    parts[part] = parts.get(part, 0.0) + training_flops([one], trained)
+  return {part: count for part, count in parts.items() if count}
 
 
 # ---- inference
@@ -150,7 +132,7 @@ def _generate(config: ConfigDict, mesh: Mesh) -> list[Program]:
   prompt = array(length, dtype=jnp.int32), array(length, dtype=jnp.bool_), array(3, length, dtype=jnp.int32)
   features = array(side**2, cfg.dit.in_channels)
   first, second = (model, params, *prompt, keys), (model, params, features, features, keys)
-  text = getattr(cfg.backbone, "text", cfg.backbone)
+  text = flops.text_of(cfg.backbone)
   # Guidance doubles every step (an interval of it only some; the dearest case is counted).
   dit_calls = sampling.steps * (1 + (sampling.guidance != 1))
   unet_calls = sampling.decoder_steps * (1 + (sampling.decoder_guidance > 1))

@@ -5,12 +5,17 @@ DIR/scaling.svg show what is there. Weak scaling: every cell has the same number
 """
 
 import dataclasses
+import datetime
 import hashlib
 import html
+import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
+from ml_collections import ConfigDict
 
 from blip3o_jax.data.outputs import write_atomically
 from blip3o_jax.errors import UserError
@@ -60,14 +65,19 @@ def run(directory: Path, configs: Path, only: Sequence[str] = ()) -> None:
     raise UserError(f"{min(unknown)} is no cell; cells are ROW:CHIP:COUNT, such as {cells()[0]}")
   for cell in wanted:
     path = directory / f"{cell.replace(':', '-')}.json"
-    config = _config(cell, configs)
-    stamp = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+    config = cell_config(cell, configs)
+    stamp = _stamp(config)
     if path.exists() and json.loads(path.read_text())["config"] == stamp:
       continue
     print(f"{cell} ...", flush=True)
     row, generation, chips = _parts(cell)
     found = plan.make(config, f"{generation}:{SHAPES[generation][CHIPS.index(chips)]}", job=row.job, advise=False)
-    content = plan.record(found) | {"cell": cell, "config": stamp}
+    made = {
+      "jax": jax.__version__,
+      "libtpu": importlib.metadata.version("libtpu"),
+      "date": datetime.date.today().isoformat(),
+    }
+    content = plan.record(found) | {"cell": cell, "config": stamp, "made": made}
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     print(f"{cell}  {_words(content)}", flush=True)
   known = read(directory)
@@ -94,7 +104,20 @@ def _parts(cell: str) -> tuple[Row, str, int]:
   return next(row for row in ROWS if row.name == name), generation, int(chips)
 
 
-def _config(cell: str, configs: Path):
+# What a program depends on: another value makes a cell old.
+_COMPILED = ("objective", "objective_args", "model", "components", "trainable", "data", "optimizer", "ema_decay")
+_COMPILED += ("compute_dtype", "mesh", "remat", "batch_size", "accumulate", "sampling")
+_SHAPES = ("task", "image_size", "max_length", "max_patches")  # of data
+
+
+def _stamp(config) -> str:
+  fields = {key: config.to_dict()[key] for key in _COMPILED}
+  fields["data"] = {key: fields["data"].get(key) for key in _SHAPES}
+  return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cell_config(cell: str, configs: Path) -> ConfigDict:
+  """The experiment of a cell, with its batch."""
   row, _, chips = _parts(cell)
   return load_config(configs / row.config, [f"--config.batch_size={row.images * chips}", "--config.accumulate=1"])
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.sharding.mesh import make_mesh
+from blip3o_jax.training.throughput import PEAK_FLOPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,23 +26,28 @@ class Chip:
   """What the vendor states for one chip.
 
   Attributes:
+    kind: what JAX calls it. hbm_bandwidth: bytes a second.
     hbm: bytes that a program may use, as the compiler says when it refuses one (libtpu 0.0.52): a little less than is
-      sold. flops: bfloat16 operations a second. hbm_bandwidth: bytes a second.
+      sold.
     ici_bandwidth: bytes a second that a chip can send over all its links (half of the "bidirectional" figure).
     dcn_bandwidth: the same to other slices, a host's network cards shared by its chips. For v4 and v5p none is
       published; 200 Gbit/s a host of 4 chips is assumed.
     shapes: slices that can be rented, in chips; source: of all but `hbm` and what is assumed.
   """
 
-  name: str
+  kind: str
   hbm: float
-  flops: float
   hbm_bandwidth: float
   ici_bandwidth: float
   dcn_bandwidth: float
   shapes: tuple[str, ...]
   source: str
   options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def flops(self) -> float:
+    """bfloat16 operations a second."""
+    return PEAK_FLOPS[self.kind]
 
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -51,10 +57,10 @@ _DOCS = "https://docs.cloud.google.com/tpu/docs"
 _GIB = 2**30
 
 CHIPS = {
-  "v4": Chip("TPU v4", 30.75 * _GIB, 275e12, 1228e9, 300e9, 6.25e9, _CUBE, f"{_DOCS}/v4", _MEGACORE),
-  "v5e": Chip("TPU v5e", 15.75 * _GIB, 197e12, 819e9, 200e9, 3.125e9, _FLAT, f"{_DOCS}/v5e"),
-  "v5p": Chip("TPU v5p", 95.73 * _GIB, 459e12, 2765e9, 600e9, 6.25e9, _CUBE, f"{_DOCS}/v5p", _MEGACORE),
-  "v6e": Chip("TPU v6e", 31.24 * _GIB, 918e12, 1640e9, 400e9, 12.5e9, _FLAT, f"{_DOCS}/v6e"),
+  "v4": Chip("TPU v4", 30.75 * _GIB, 1228e9, 300e9, 6.25e9, _CUBE, f"{_DOCS}/v4", _MEGACORE),
+  "v5e": Chip("TPU v5 lite", 15.75 * _GIB, 819e9, 200e9, 3.125e9, _FLAT, f"{_DOCS}/v5e"),
+  "v5p": Chip("TPU v5", 95.73 * _GIB, 2765e9, 600e9, 6.25e9, _CUBE, f"{_DOCS}/v5p", _MEGACORE),
+  "v6e": Chip("TPU v6 lite", 31.24 * _GIB, 1640e9, 400e9, 12.5e9, _FLAT, f"{_DOCS}/v6e"),
 }
 
 

@@ -30,8 +30,11 @@ _MODULES = {
 }
 
 
-def replay(directory: os.PathLike | str) -> list[Line]:
-  """Replay one recording in float32 with full-precision matrix products; what became of each of its arrays.
+def replay(directory: os.PathLike | str, precision: str = "highest") -> list[Line]:
+  """Replay one recording in float32; what became of each of its arrays. The bars are for full-precision products.
+
+  Args:
+    precision: of the products: "highest", or "bfloat16", to which accelerators round by default and CPUs never do.
 
   Raises:
     UserError: not a recording, an input is absent, its weights do not fit, or its component is not known.
@@ -42,7 +45,7 @@ def replay(directory: os.PathLike | str) -> list[Line]:
       f"{recording.path}: component {recording.component!r} is not supported yet; there are {', '.join(_MODULES)}"
     )
   module = importlib.import_module(f"{__name__}.{_MODULES[recording.component]}")
-  with jax.default_matmul_precision("highest"):
+  with jax.default_matmul_precision(precision):
     module.check(recording)
   return recording.close()
 
