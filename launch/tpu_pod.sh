@@ -197,11 +197,16 @@ up() {
   tpu_flags "$type" >/dev/null
   [[ -z "$version" ]] || check_word --version "$version"
   [[ ${#words[@]} -gt 0 ]] || die "no words for blip3o $job; give them after --"
-  local attempt status
+  local attempt status running=""
   have_slice
-  setup
+  if [[ -z "${DRY_RUN:-}" ]] && grep -qx running <<<"$(worker_states || true)"; then
+    say "the job is running already" && running=1
+  else
+    setup
+  fi
   for ((attempt = 1; attempt <= attempts; attempt++)); do
-    start
+    [[ -n "$running" ]] || start
+    running=""
     if [[ -n "${DRY_RUN:-}" ]]; then
       say "then it is looked at every $poll s, and started again after status 75, up to $attempts times"
       return 0

@@ -145,6 +145,7 @@ def test_bad_words_are_one_line_and_2(cloud, script, words, said):
 
 
 ACTIVE = "describe state.state => ACTIVE"
+IDLE = "status 2>/dev/null => gone"  # what is found before the job is started
 
 
 def test_a_tpu_job_goes_on_after_75_and_after_its_slice_was_taken(cloud):
@@ -153,6 +154,7 @@ def test_a_tpu_job_goes_on_after_75_and_after_its_slice_was_taken(cloud):
     "describe state.state => ",
     "describe state.state => WAITING_FOR_RESOURCES",
     *[ACTIVE] * 3,
+    IDLE,
     "status 2>/dev/null => running,75",
     "status 2>/dev/null => 75,75",
     # The second loses its slice, which is deleted and asked for again; the third is done.
@@ -170,14 +172,22 @@ def test_a_tpu_job_goes_on_after_75_and_after_its_slice_was_taken(cloud):
 
 
 def test_a_tpu_job_that_fails_is_not_repeated(cloud):
-  cloud.answer(*[ACTIVE] * 3, "status 2>/dev/null => 0,2", ACTIVE)
+  cloud.answer(*[ACTIVE] * 3, IDLE, "status 2>/dev/null => 0,2", ACTIVE)
   done = cloud.run("tpu_pod.sh", "up", "train", *UP["tpu_pod.sh"], "--", "--config", "c.py")
   assert done.returncode == 2 and "failed with status 2" in done.stderr
   assert cloud.count("setsid") == 1 and cloud.count("queued-resources create") == 0
 
 
+def test_a_job_that_runs_is_followed_and_not_started_twice(cloud):
+  """As after this machine was off."""
+  cloud.answer(*[ACTIVE] * 4, *["status 2>/dev/null => running,running"] * 2, "status 2>/dev/null => 0,0")
+  done = cloud.run("tpu_pod.sh", "up", "train", *UP["tpu_pod.sh"], "--", "--config", "c.py")
+  assert done.returncode == 0, done.stderr
+  assert cloud.count("setsid") == cloud.count("scp") == cloud.count("queued-resources create") == 0
+
+
 def test_attempts_are_limited(cloud):
-  cloud.answer(*[ACTIVE] * 8, *["status 2>/dev/null => 75"] * 8)
+  cloud.answer(*[ACTIVE] * 8, IDLE, *["status 2>/dev/null => 75"] * 8)
   done = cloud.run("tpu_pod.sh", "up", "train", *UP["tpu_pod.sh"], "--attempts", "2", "--", "--config", "c.py")
   assert done.returncode == 75 and cloud.count("setsid") == 2
 
@@ -186,10 +196,10 @@ def test_only_what_was_created_is_deleted(cloud):
   done = cloud.run("tpu_pod.sh", "down", *TPU)
   assert done.returncode == 2 and "not asked for by this script" in done.stderr and cloud.calls == []
   # A slice that somebody else made is used, and stays.
-  cloud.answer(*[ACTIVE] * 3, "status 2>/dev/null => 0")
+  cloud.answer(*[ACTIVE] * 3, IDLE, "status 2>/dev/null => 0")
   assert cloud.run("tpu_pod.sh", "up", "train", *UP["tpu_pod.sh"], "--", "x").returncode == 0
   assert cloud.run("tpu_pod.sh", "down", *TPU).returncode == 2 and cloud.count("delete") == 0
-  cloud.answer("describe state.state => ", *[ACTIVE] * 3, "status 2>/dev/null => 0")
+  cloud.answer("describe state.state => ", *[ACTIVE] * 3, IDLE, "status 2>/dev/null => 0")
   assert cloud.run("tpu_pod.sh", "up", "train", *UP["tpu_pod.sh"], "--", "x").returncode == 0
   assert cloud.run("tpu_pod.sh", "down", *TPU).returncode == 0
   assert cloud.calls[-1][:6] == ["gcloud", "compute", "tpus", "queued-resources", "delete", "b3o"]
@@ -199,7 +209,7 @@ def test_only_what_was_created_is_deleted(cloud):
 
 
 def test_slices_are_nodes_of_one_request(cloud):
-  cloud.answer("describe state.state => ", *[ACTIVE] * 3, *["status 2>/dev/null => 0"] * 2)
+  cloud.answer("describe state.state => ", *[ACTIVE] * 3, *[IDLE] * 2, *["status 2>/dev/null => 0"] * 2)
   done = cloud.run("tpu_pod.sh", "up", "train", *UP["tpu_pod.sh"], "--slices", "2", "--", "x")
   assert done.returncode == 0, done.stderr
   assert cloud.count("create", "--node-count=2", "--node-prefix=b3o") == 1
@@ -250,3 +260,19 @@ def test_shellcheck_passes():
     [program, "-x", *sorted(map(str, (ROOT / "launch").glob("*.sh")))], cwd=ROOT, capture_output=True
   )
   assert done.returncode == 0, done.stdout.decode()
+
+
+def test_the_compiler_knows_every_flag():
+  """libtpu refuses to start with a flag that it does not have."""
+  pytest.importorskip("libtpu")
+  code = "from blip3o_jax.planning.topology import get; get('v5e:2x2')"
+  for kind in ("v4-8", "v5litepod-8", "v6e-8", "--xla_tpu_no_such_flag=1"):  # v5p has the flags of v4
+    read = ["bash", "-c", f"source launch/lib.sh; tpu_flags {kind}"]
+    flags = (
+      kind if kind[0] == "-" else subprocess.run(read, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )
+    assert flags
+    done = subprocess.run(
+      [sys.executable, "-c", code], env=os.environ | {"LIBTPU_INIT_ARGS": flags}, capture_output=True
+    )
+    assert (done.returncode == 0) == (kind[0] != "-"), kind

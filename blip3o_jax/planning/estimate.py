@@ -3,7 +3,7 @@
 Arguments are exact. The temporaries are those of the hungriest phase (encoder, prompt, queries, DiT, picture); a phase
 of training holds the weights of one layer, gathered from all chips, its widest activations, and what is kept for later:
 keys and values of the prompt, and the inputs of the layers that a gradient goes through (with more by the remat
-policy). The factors were fitted to what the compiler said of the 8B (planning/table.json); a test holds them to it.
+policy). The factors were fitted to what the compiler said of the 8B (assets/plans); a test holds them to it.
 
 Times are bounds as in `cost`: operations, or bytes on the wires (weights gathered at every use, gradients summed).
 """
@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from blip3o_jax.models import flops
 from blip3o_jax.models.blip3o import Blip3oConfig
 from blip3o_jax.planning import cost, programs
+from blip3o_jax.planning.programs import Program
 from blip3o_jax.planning.topology import Topology
 
 _BF16, _F32 = 2, 4
@@ -38,15 +39,18 @@ class Estimate:
     return sum(self.memory.values())
 
 
-def estimate(config: ConfigDict, where: Topology, job: str) -> Estimate:
+def estimate(config: ConfigDict, where: Topology, job: str, found: list[Program] | None = None) -> Estimate:
   """The estimate of a job on a topology.
+
+  Args:
+    found: the job's programs on the same mesh, if they are at hand; their batch may be another.
 
   Raises:
     UserError: as `plan.make` does.
   """
   parts = config.accumulate if job == "train" else 1
   mesh = where.mesh(config.mesh.to_dict(), batch_size=config.batch_size, parts=parts)
-  found = programs.build(config, mesh, job)
+  found = found or programs.build(config, mesh, job)
   cfg, params = programs.architecture(config), found[0].parameters
   rows = config.batch_size / parts / (mesh.size // mesh.shape["tensor"])
   shapes = _Shapes(config, cfg, params, mesh, rows)

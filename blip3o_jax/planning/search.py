@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from blip3o_jax.errors import CheckFailed, UserError
 from blip3o_jax.nn.stack import REMAT_POLICIES
-from blip3o_jax.planning import estimate, plan, topology
+from blip3o_jax.planning import estimate, plan, programs, topology
 from blip3o_jax.planning.plan import Plan
 from blip3o_jax.planning.topology import Topology
 
@@ -38,21 +38,24 @@ def candidates(config: ConfigDict, where: Topology, job: str) -> list[Candidate]
   policies = [name for name in REMAT_POLICIES if name != "none"] if job == "train" else [config.remat]
   powers = [2**i for i in range(chips.bit_length()) if chips % 2**i == 0]
   found = []
-  for tensor, fsdp, images, remat in itertools.product(TENSOR, powers, BATCHES, policies):
-    if chips % (tensor * fsdp) or (images * tensor * fsdp > images * chips):
+  for tensor, fsdp in itertools.product(TENSOR, powers):
+    if chips % (tensor * fsdp):
       continue
-    mesh = {"slice": where.slices, "data": chips // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
-    new = config.copy_and_resolve_references()
-    with new.unlocked():
-      new.update(mesh=mesh, batch_size=images * len(where.devices), accumulate=1, remat=remat)
-    try:
-      guess = estimate.estimate(new, where, job)
-    except UserError:  # the hosts or the batch do not divide
-      continue
-    if guess.peak <= MARGIN * where.chip.hbm:
-      sizes = f"data {mesh['data']}, fsdp {fsdp}, tensor {tensor}"
-      words = f"{images:>3} a chip, {sizes}, remat {remat or 'as the preset says'}"
-      found.append(Candidate(new, words, guess.peak, new.batch_size / guess.seconds))
+    mesh, built = {"slice": where.slices, "data": chips // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}, None
+    for images, remat in itertools.product(BATCHES, policies):
+      new = config.copy_and_resolve_references()
+      with new.unlocked():
+        new.update(mesh=mesh, batch_size=images * len(where.devices), accumulate=1, remat=remat)
+      try:
+        # Building takes a second, and only the mesh matters to it.
+        built = built or programs.build(new, where.mesh(mesh, batch_size=new.batch_size), job)
+        guess = estimate.estimate(new, where, job, built)
+      except UserError:  # the hosts or the batch do not divide
+        continue
+      if guess.peak <= MARGIN * where.chip.hbm:
+        sizes = f"data {mesh['data']}, fsdp {fsdp}, tensor {tensor}"
+        words = f"{images:>3} a chip, {sizes}, remat {remat or 'as the preset says'}"
+        found.append(Candidate(new, words, guess.peak, new.batch_size / guess.seconds))
   return sorted(found, key=lambda c: (-round(c.rate, 1), c.peak))
 
 
