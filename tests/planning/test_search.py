@@ -20,8 +20,8 @@ def test_candidates_fit_and_are_in_order(tmp_path, where, monkeypatch):
   config = small.config(tmp_path)
   everything = search.candidates(config, where, "train")
   assert [c.rate for c in everything] == sorted((c.rate for c in everything), reverse=True)
-  meshes = {tuple(c.config.mesh.to_dict().values()) for c in everything}
-  assert (1, 4, 1, 1) in meshes and (1, 2, 1, 2) in meshes and (1, 1, 4, 1) in meshes
+  meshes = {tuple(c.config.mesh[axis] for axis in ("data", "fsdp", "tensor")) for c in everything}
+  assert meshes == {(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)}
   assert {c.config.remat for c in everything} == {"full", "dots"}
   assert {c.config.batch_size for c in everything} == {4, 16}
   # A chip too small for some of them: those are left out, and no other.
@@ -48,7 +48,7 @@ def test_the_best_three_are_compiled(tmp_path, where, monkeypatch, capsys):
   out = capsys.readouterr().out
   assert len(made) == 3 and out.count("images/s, by compute") == 3
   best = max(made, key=lambda config: config.remat == "full")
-  assert f"the best: --config.batch_size={best.batch_size} --config.mesh.slice=1" in out
+  assert f"the best: --config.batch_size={best.batch_size} --config.mesh.data={best.mesh.data}" in out
 
 
 def test_nothing_fits(tmp_path, where, monkeypatch):
