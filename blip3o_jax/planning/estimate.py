@@ -25,6 +25,9 @@ from blip3o_jax.planning.topology import Topology
 
 _BF16, _F32 = 2, 4
 _CODE = 110 * 2**20  # of a training step
+# A layer's weights are there once as they are gathered. Where a chip's part is no multiple of 4 rows, they
+# come in another layout and are copied, with the next ones already on their way.
+_TILE, _RELAID = 4, 2.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +82,15 @@ class _Shapes:
     return self.config.data.get("max_length", 128)
 
   def weights(self, component: str, *, layer: bool) -> float:
-    """One layer's weights, or all layers', gathered over fsdp and in the compute dtype; nothing is held otherwise."""
+    """What is held of one layer's weights, or sent of all layers', gathered over fsdp in the compute dtype."""
     if self.mesh.shape["fsdp"] == 1 or component not in self.params:
       return 0.0
+    dims = {"backbone": self.text.dim, "dit": self.cfg.dit.dim, "clip": self.cfg.clip.width}
+    whole = dims.get(component, 0) / self.mesh.shape["fsdp"] % _TILE == 0
     leaves = flatten_dict(self.params[component])
     stacked = [x for path, x in leaves.items() if "layers" in path and "vision" not in path]
     count = sum(math.prod(x.shape) / (x.shape[0] if layer else 1) for x in stacked)
-    return _BF16 * count / self.mesh.shape["tensor"]
+    return _BF16 * count / self.mesh.shape["tensor"] * (_RELAID if layer and not whole else 1)
 
   def wide(self, tokens: int, *widths: float) -> float:
     """Activations of `tokens` a sample, of these widths."""
