@@ -82,7 +82,6 @@ def test_flops_agree_with_the_compiler_where_nothing_is_scanned(tmp_path):
 def test_the_abstract_batch_is_the_loaders(tmp_path):
   """Shapes and dtypes of the batches that training really gets."""
   from blip3o_jax.data.shapes_corpus import make_shapes
-  from blip3o_jax.training.feed import COUNTED
 
   make_shapes(tmp_path / "s", contrastive=0, pretrain=4, instruct=0, understanding=4, text_only=1, held_out=0)
   for stage, part in (("generation", "pretrain"), ("understanding", "understanding/questions.jsonl")):
