@@ -198,6 +198,13 @@ def make_parser() -> argparse.ArgumentParser:
   inspect.add_argument("--num", type=_positive, default=argparse.SUPPRESS, help="samples (default 3; of a config 256)")
   inspect.add_argument("--out", type=Path, default=Path("inspected"), metavar="DIR", help="of a config (default here)")
 
+  bench = command("bench", None, "measure").add_subparsers(
+    dest="bench_command", required=True, metavar="NAME", parser_class=_Parser
+  )
+  loading = command("data", _bench_data, "the data pipeline against a plain loop over the same pictures", bench)
+  loading.add_argument("--processes", type=_positive, default=2, metavar="N", help="measure with 1 and N (default 2)")
+  loading.add_argument("--out", type=Path, metavar="FILE.json")
+
   evaluation = command("eval", None, "score a model").add_subparsers(
     dest="eval_command", required=True, metavar="BENCHMARK", parser_class=_Parser
   )
@@ -365,6 +372,13 @@ def _inspect(args):
 
     lines = describe(args.path, **_given(args, "num"))
   for line in lines:
+    print(line, flush=True)
+
+
+def _bench_data(args):
+  from blip3o_jax.benchmarks import data
+
+  for line in data.run(args.out, processes=args.processes):
     print(line, flush=True)
 
 

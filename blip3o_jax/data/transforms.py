@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from blip3o_jax.data.vision import CLIP_MEAN, CLIP_STD
 from blip3o_jax.errors import UserError
@@ -25,7 +25,14 @@ def decode(content: bytes, name: str = "picture") -> Image.Image:
   Raises:
     UserError: naming the picture, when it cannot be read, is cut off, or has more than MAX_PIXELS.
   """
-  return _opened(io.BytesIO(content), name, lambda image: ImageOps.exif_transpose(image).convert("RGB"))
+  return _opened(io.BytesIO(content), name, _as_trained)
+
+
+def _as_trained(image: Image.Image) -> Image.Image:
+  image.load()
+  if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose and convert copy what is right already
+    image = ImageOps.exif_transpose(image)
+  return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def open_picture(picture: Image.Image | np.ndarray | str | os.PathLike | io.IOBase, name: str = "") -> Image.Image:

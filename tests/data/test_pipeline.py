@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import logging
+import multiprocessing
 import tarfile
 
 import numpy as np
@@ -90,7 +91,11 @@ def test_threads_and_cache_change_nothing(numbered):
 @pytest.mark.slow
 def test_worker_processes_change_nothing(numbered):
   whole = numbers(make_loader(numbered, batch_size=6, seed=1), 12)
-  assert numbers(make_loader(numbered | {"workers": 2}, batch_size=6, seed=1), 12) == whole
+  for workers, rows in ((1, 6), (2, 6), (3, 6)):
+    loader = make_loader(numbered | {"workers": workers, "prefetch": 8}, batch_size=rows, seed=1)
+    assert numbers(loader, 12) == whole
+    loader.close()
+  assert not multiprocessing.active_children()
 
 
 def test_a_bad_sample_is_replaced_by_the_same_one_everywhere(numbered, tmp_path, caplog):

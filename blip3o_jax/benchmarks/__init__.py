@@ -1,0 +1,1 @@
+"""Measurements, one file a bench; each prints what it measured, where and how."""
