@@ -109,9 +109,7 @@ def test_the_real_model_on_every_mesh(tmp_path):
   assert status == [0], out[-3000:]
   assert "Involuntary full rematerialization" not in out
   port = free_port()
-  pods = [
-    sharded.run(tmp_path / "two", runs[0], runs[3], devices=4, port=port, index=i, processes=2) for i in range(2)
-  ]
+  pods = [sharded.run(tmp_path / "two", runs[0], runs[3], devices=4, port=port, index=i, processes=2) for i in range(2)]
   status, outs = finish(pods)
   assert status == [0, 0], outs
   assert not any("Involuntary full rematerialization" in out for out in outs)
