@@ -44,6 +44,12 @@ def test_each_source_goes_through_all_its_samples_again_and_again():
   assert all(len(set(epoch)) == 40 for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) == 8
 
 
+def test_sources_of_one_size_are_not_shuffled_alike():
+  m = Mixture({name: [{"name": f"{name} {i}"} for i in range(50)] for name in "ab"}, {"a": 0.0, "b": 0.0})
+  names = drawn(m, 0, 0, 100)
+  assert [n[2:] for n in names if n[0] == "a"] != [n[2:] for n in names if n[0] == "b"]
+
+
 def test_far_samples_cost_nothing():
   m = mixture(short=1000)
   assert drawn(m, 3, 10**15, 10**15 + 5) == drawn(m, 3, 10**15, 10**15 + 5)

@@ -277,6 +277,9 @@ def test_groups_are_tasks_side_by_side_with_fixed_rows(several, corpus, tokenize
   # Alone a task sees what it sees here: the others do not disturb it.
   alone = make_loader({k: v for k, v in draw.items() if k != "rows"}, **(settings | {"batch_size": 4}))
   np.testing.assert_array_equal(next(alone)["tokens"], whole[0]["generation"]["tokens"])
+  twice = make_loader({"groups": {"a": draw, "b": draw}}, **(settings | {"batch_size": 8}))
+  batch = next(twice)
+  assert (batch["a"]["tokens"] != batch["b"]["tokens"]).any()  # of one source, but not in one order
   with pytest.raises(UserError, match="over 2 processes in groups of 2 : 1; take 6 or 12"):
     make_loader(cfg, process_count=2, **(settings | {"batch_size": 8}))
   with pytest.raises(UserError, match="holds task beside them"):

@@ -77,6 +77,10 @@ def test_a_shard_that_changes_while_in_use_gives_bad_samples_not_wrong_ones(tmp_
   write_tar(path, pair("m" * 300) + pair("n" * 600))
   with pytest.raises(UserError, match=r"a\.tar is not what its index says"):
     source[0]
+  one = open_source(write_tar(tmp_path / "b.tar", [("k.jpg", b"i" * 100), ("k.txt", b"c")]))
+  write_tar(tmp_path / "b.tar", [("k.jpg", b"i" * 90), ("k.txt", b"c")])  # all at the same places
+  with pytest.raises(UserError, match=r"b\.tar is not what its index says"):
+    one[0]
   os.truncate(path, 1024)
   with pytest.raises(UserError, match=r"a\.tar ends before byte"):
     source[1]
