@@ -218,6 +218,15 @@ def make_parser() -> argparse.ArgumentParser:
   shapes.add_argument(
     "--questions", type=Path, metavar="DIR", help="understanding/ of a corpus: ask its held-out ones too"
   )
+
+  bench = command("bench", None, "time our way against the plain one").add_subparsers(
+    dest="bench_name", required=True, metavar="NAME", parser_class=_Parser
+  )
+  step = command("train-step", _bench_train_step, "a training step against that of the release's recipe", bench)
+  step.add_argument("--real", choices=("4b", "8b"), default="", help="at the real sizes (default: smaller networks)")
+  step.add_argument("--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N", help="(default 4)")
+  step.add_argument("--rounds", type=_positive, default=argparse.SUPPRESS, metavar="N", help="timed steps (default 4)")
+  step.add_argument("--out", type=Path, metavar="FILE.json")
   return parser
 
 
@@ -402,3 +411,9 @@ def _eval_shapes(args):
   for name, kinds in score.understanding.items():
     print(f"questions, {name}: " + ", ".join(f"{kind} {share:.3f}" for kind, share in kinds.items()))
   print(args.out / "scores.json")
+
+
+def _bench_train_step(args):
+  from blip3o_jax.benchmarks import train_step
+
+  train_step.run(real=args.real, out=args.out, **_given(args, "batch_size", "rounds"))

@@ -78,7 +78,7 @@ def run(
       f"{model} has no clip, the encoder whose features are cached; it has {', '.join(source.components)}"
     )
   config = source.config()
-  shape = _shape(config)
+  shape = feature_shape(config)
   encoder = features.identity(source.content_hash("clip"), config.clip, resize)
   manifest = Manifest(encoder, shape, dtype, str(data), len(pictures), shard_size)
   claim(out, manifest)
@@ -92,13 +92,13 @@ def run(
   params = source.read(("clip",), abstract_params(config, ("clip",), jnp.dtype(dtype), mesh))
   encode = make_encoder(config, params, mesh, batch_size, dtype)
   order = np.concatenate([np.arange(0), *(np.asarray(rows) for _, rows in todo)])
-  squares = _Squares(pictures, order, config.clip.image_size, resize)
+  squares = Squares(pictures, order, config.clip.image_size, resize)
   report = write_shards(todo, squares, encode, batch_size=batch_size, threads=threads)
   print(f"{report.pictures} pictures, {report.bad} of them bad, {report.bytes / 1e6:,.1f} MB: {out}", flush=True)
   return report
 
 
-def _shape(config: Blip3oConfig) -> tuple[int, int]:
+def feature_shape(config: Blip3oConfig) -> tuple[int, int]:
   """(N, C) of one picture's features."""
   pixels = jax.ShapeDtypeStruct((1, config.clip.image_size, config.clip.image_size, 3), jnp.uint8)
   call = lambda params, x: Blip3o(config).apply({"params": params}, x, method="clip_features")
@@ -154,8 +154,8 @@ class Square:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Squares:
-  """The samples of a source in a given order."""
+class Squares:
+  """The samples of a source in a given order, ready for the encoder."""
 
   pictures: Any
   order: np.ndarray

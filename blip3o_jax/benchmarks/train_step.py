@@ -1,0 +1,311 @@
+"""`blip3o bench train-step`: our training step against the plain step of the release's recipe, on the same batches.
+
+Plain: the CLIP encoder in every step, one backbone pass over prompt and queries with gradients through both, logits
+over the vocabulary and the unused cross entropy (spec 3.2), padded to the full length. Ours: cached features, prefix
+pass, no logits, length buckets. Both recompute activations, clip, and update by AdamW, and their losses must agree.
+
+Sizes. The release's 8B with recomputation, per picture, in TFLOP: encoder 2 x 4.35 G x 1025 tokens and its attention
+9.4; backbone 3 x 2 x 6.53 G x 256 tokens 10.0; DiT 4 x 2 x 1.365 G x 64 tokens 0.7. The default keeps the numbers of
+tokens (1025, 192 + 64, 64) and makes the networks smaller: encoder 93 M parameters, backbone 160 M and 27 M of
+vocabulary (13,184 x 1024 twice, so that logits keep their 3 % of the backbone), DiT 42 M. In GFLOP: 2 x 93 M x 1025 and
+attention 22 x 4 x 1025^2 x 448, 233; 6 x 160 M x 256 and attention, 251; 8 x 31 M (what every token passes) x 64, 17.
+That is 9.4 : 10.1 : 0.7. The figures printed are counted by models.flops.
+
+Captions are drawn as in the release's data (spec 11.2): 31 of 36 long (about 120 tokens), 5 of 36 short (about 20). The
+longest row of a batch decides its length, so buckets save little on this mixture.
+
+`--real 4b|8b` does the same at the real sizes, in bfloat16, with random weights, on the devices of one host. That has
+not been run so far.
+"""
+
+import functools
+import io
+import itertools
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from blip3o_jax import benchmarks
+from blip3o_jax.data import features, pipeline
+from blip3o_jax.data.features import FeatureSource, Manifest
+from blip3o_jax.data.sources import open_source
+from blip3o_jax.data.tokenizer import Tokenizer, load_tokenizer
+from blip3o_jax.errors import CheckFailed
+from blip3o_jax.jobs import cache_features
+from blip3o_jax.models import flops
+from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.objectives import generation
+from blip3o_jax.porting.locate import open_model
+from blip3o_jax.sharding import rules
+from blip3o_jax.sharding.mesh import make_mesh
+from blip3o_jax.training import optimizers, state, trainer
+from blip3o_jax.training.defaults import complete, default_config
+from blip3o_jax.training.feed import Buckets
+from blip3o_jax.training.step import make_step
+
+_SMALL = {  # overrides of the preset "micro"
+  "backbone": {
+    "text": {
+      "vocab": 13184,
+      "dim": 1024,
+      "layers": 8,
+      "heads": 8,
+      "kv_heads": 2,
+      "head_size": 128,
+      "mlp_dim": 5632,
+      "rope_sections": (16, 24, 24),
+    },
+    "vision": {"out_dim": 1024},
+  },
+  "dit": {
+    "in_channels": 448,
+    "grid": (8, 8),
+    "dim": 448,
+    "layers": 10,
+    "heads": 7,
+    "kv_heads": 7,
+    "ffn_dim": 1280,
+    "condition_dim": 1024,
+    "rope_split": (16, 24, 24),
+  },
+  "clip": {
+    "image_size": 448,
+    "patch_size": 14,
+    "width": 448,
+    "layers": 22,
+    "heads": 4,
+    "mlp_dim": 3840,
+    "pool_stride": 4,
+  },
+  "queries": 64,
+}
+_BUCKETS = (64, 128)
+REAL = {"4b": "blip3o-4b", "8b": "blip3o-8b"}
+_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the losses, relative
+
+
+class Plain(Blip3o):
+  """The model as the release runs it in training."""
+
+  def query_states(self, tokens, mask, positions, *, prefix_pass=False):
+    """See Blip3o. The cross entropy is computed and not trained on, as in the release; here it is added times zero."""
+    b, length = tokens.shape
+    q = self.cfg.queries
+    start = jnp.max(jnp.where(mask[:, None], positions, -1), axis=-1, keepdims=True) + 1
+    hidden = self.backbone.decode(
+      jnp.concatenate([self.backbone.embed(tokens), self.latents(b)], axis=1),
+      jnp.concatenate([positions, start + jnp.arange(q)], axis=-1),
+      jnp.concatenate([mask, jnp.ones((b, q), bool)], axis=-1),
+    ).hidden
+    log_probs = jax.nn.log_softmax(self.backbone.logits(jax.lax.stop_gradient(hidden))[:, : length - 1])
+    entropy = -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
+    unused = jnp.sum(entropy * mask[:, 1:]) / jnp.sum(mask[:, 1:])
+    return hidden[:, length:] + (0.0 * unused).astype(hidden.dtype)
+
+
+def run(
+  *,
+  real: str = "",
+  batch_size: int = 4,
+  rounds: int = 4,
+  out: Path | None = None,
+) -> dict[str, Any]:
+  """Compare, print and return the figures.
+
+  Args:
+    real: "" for the sizes above, or a key of REAL.
+    rounds: timed steps of each; every one takes another batch, the same for both.
+    out: a JSON file of the figures.
+
+  Raises:
+    CheckFailed: the losses differ.
+  """
+  config = _config(real, batch_size)
+  mesh = make_mesh({"data": 1, "fsdp": -1}, batch_size=batch_size)
+  tokenizer = load_tokenizer(open_model("micro").tokenizer_dir())
+  with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+    pictures, cache = Path(folder, "pictures"), Path(folder, "features")
+    plain_config = _with_data(config, task="generation", path=str(pictures), prefix_pass=False)
+    ours_config = _with_data(config, task="features", path=str(cache), buckets=_BUCKETS)
+    plain, ours = trainer.build(plain_config, mesh), trainer.build(ours_config, mesh)
+    cfg = plain.model.cfg
+    _write_pictures(pictures, count=batch_size * (rounds + 2), size=cfg.clip.image_size)
+    params = trainer.initial_params(plain_config, plain, plain.params, say=lambda *_: None)
+    caching = _cache(cfg, params["clip"], mesh, pictures, cache, config.compute_dtype, batch_size)
+
+    batches = _batches(plain_config, tokenizer, mesh, rounds + 2)
+    plain_state, frozen = _fresh(plain_config, plain, params), {name: params[name] for name in plain.frozen}
+    compiled = _plain_step(plain_config, plain).lower(plain_state, frozen, batches[0]).compile()
+    peaks = {"plain": benchmarks.peak_bytes(compiled)}
+    plain_run = _Run(compiled, plain_state, frozen, iter(batches))
+
+    batches = _batches(ours_config, tokenizer, mesh, rounds + 2)
+    peaks["ours"] = benchmarks.peak_bytes(ours.step.lower(ours.state, ours.frozen, batches[0]).compile())
+    cut = Buckets(iter(batches), _BUCKETS, rules.batch_sharding(mesh))
+    step = cut.compile(ours, say=lambda *_: None)
+    ours_run = _Run(step, _fresh(ours_config, ours, params), {name: frozen[name] for name in ours.frozen}, cut)
+
+    benchmarks.in_turn(plain_run, ours_run, 1)  # warm-up
+    seconds = benchmarks.in_turn(plain_run, ours_run, rounds)
+  losses = [[float(x) for x in one.losses] for one in (plain_run, ours_run)]
+  _check(losses, config.compute_dtype)
+  figures = _figures(batch_size, seconds, caching, peaks) | {
+    "losses": losses,
+    "lengths": ours_run.lengths,
+    "parameters": state.count(plain.params),
+    "flops": _parts(cfg, plain_config.data.max_length),
+    "cache_bytes_a_picture": round(caching.bytes / caching.pictures),
+  }
+  _print(figures)
+  return benchmarks.report(out, figures)
+
+
+class _Run:
+  """One training step a call, its state kept inside."""
+
+  def __init__(self, step, train_state, frozen, batches):
+    self._step, self._state, self._frozen, self._batches = step, train_state, frozen, batches
+    self.losses, self.lengths = [], []
+
+  def __call__(self):
+    batch = next(self._batches)
+    self._state, scalars = self._step(self._state, self._frozen, batch)
+    self.losses.append(scalars["loss"])
+    self.lengths.append(batch["tokens"].shape[-1])
+    return self._state, scalars
+
+
+def _config(real: str, batch_size: int) -> ConfigDict:
+  config = default_config()
+  config.steps, config.batch_size, config.remat = 1000, batch_size, "full"
+  config.compute_dtype = "bfloat16" if real else "float32"
+  config.model = {"preset": REAL[real]} if real else {"preset": "micro", "overrides": _SMALL}
+  return config
+
+
+def _with_data(config: ConfigDict, *, prefix_pass: bool = True, **data) -> ConfigDict:
+  config = ConfigDict(config.to_dict())
+  architecture = trainer.presets.get(config.model.preset, config.model.to_dict().get("overrides"))
+  config.data = {"max_length": 192, "image_size": architecture.clip.image_size, "form": "training"} | data
+  config.objective_args = {"prefix_pass": prefix_pass}
+  return complete(config)
+
+
+def _write_pictures(folder: Path, count: int, size: int) -> None:
+  """A shard of JPEGs and captions, always the same."""
+  rng = np.random.default_rng(0)
+  words = "a red green blue circle square triangle left right above below of and on the gray background".split()
+  folder.mkdir()
+  with tarfile.open(folder / "000.tar", "w") as tar:
+    for i in range(count):
+      coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+      picture = io.BytesIO()
+      coarse.resize((size + 64, size), Image.Resampling.BICUBIC).save(picture, "JPEG", quality=90)
+      length = max(5, round(rng.normal(20, 4) if rng.random() < 5 / 36 else rng.normal(120, 25)))
+      caption = " ".join(rng.choice(words, length))
+      for end, content in (("jpg", picture.getvalue()), ("txt", caption.encode())):
+        info = tarfile.TarInfo(f"{i:06d}.{end}")
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+
+def _cache(cfg, clip, mesh, pictures, cache, dtype, batch_size) -> cache_features.Report:
+  """What `blip3o data cache-features` does, with weights that lie in memory."""
+  source, place = open_source(str(pictures)), {"clip": clip}
+  shape = cache_features.feature_shape(cfg)
+  manifest = Manifest(features.identity(None, cfg.clip, "crop"), shape, dtype, str(pictures), len(source), len(source))
+  manifest.write(cache)
+  encode = cache_features.make_encoder(cfg, place, mesh, batch_size, dtype)
+  squares = cache_features.Squares(source, np.arange(len(source)), cfg.clip.image_size, "crop")
+  shards = [(cache / name, rows) for name, rows in manifest.shards]
+  report = cache_features.write_shards(shards, squares, encode, batch_size=batch_size, threads=2)
+  assert len(FeatureSource(cache)) == report.pictures
+  return report
+
+
+def _batches(config: ConfigDict, tokenizer: Tokenizer, mesh, count: int) -> list[dict[str, jax.Array]]:
+  """The first batches of a run, on the devices."""
+  loader = pipeline.make_loader(
+    config.data.to_dict(), batch_size=config.batch_size, seed=config.seed, tokenizer=tokenizer
+  )
+  place = functools.partial(jax.device_put, device=rules.batch_sharding(mesh))
+  keys = ("tokens", "token_mask", "positions", "pixels", "features")
+  return [{k: place(v) for k, v in batch.items() if k in keys} for batch in itertools.islice(loader, count)]
+
+
+def _fresh(config: ConfigDict, program: trainer.Program, params) -> state.TrainState:
+  optimizer = optimizers.make_optimizer(config.optimizer)
+  shardings = jax.tree.map(lambda x: x.sharding, program.state)
+  create = jax.jit(functools.partial(state.create, optimizer=optimizer, ema=False), out_shardings=shardings)
+  return create({name: params[name] for name in program.state.trained})
+
+
+def _plain_step(config: ConfigDict, program: trainer.Program):
+  optimizer = optimizers.make_optimizer(config.optimizer)
+  schedule = optimizers.make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
+  model = Plain(program.model.cfg, dtype=program.model.dtype)
+  shardings = jax.tree.map(lambda x: x.sharding, program.state)
+  step = make_step(config, model, generation, optimizer, schedule)
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, rules.replicated(program.mesh)))
+
+
+def _check(losses: list[list[float]], dtype: str) -> None:
+  plain, ours = np.asarray(losses)
+  if not (np.abs(ours - plain) <= _TOLERANCE[dtype] * np.abs(plain)).all():
+    raise CheckFailed(f"the two steps give other losses, so no time is told: plain {plain}, ours {ours}")
+
+
+def _parts(cfg, max_length: int) -> dict[str, float]:
+  """FLOPs of one picture in the plain step, recomputation counted, as in the module's docstring."""
+  length = max_length + cfg.queries
+  text = flops.text_of(cfg.backbone)
+  return {
+    "encoder": flops.clip_encoder(cfg.clip),
+    "backbone": 3 * flops.text_decoder(text, length),
+    "dit": 4 * flops.next_dit(cfg.dit, cfg.queries),
+    "logits": flops.text_logits(text, length),
+  }
+
+
+def _figures(batch_size: int, seconds, caching: cache_features.Report, peaks: dict[str, int]) -> dict[str, Any]:
+  plain, ours = (benchmarks.spread(one) for one in seconds)
+  encode = caching.seconds / caching.pictures * batch_size  # once for two passes
+  speedups = [a / b for a, b in zip(*seconds, strict=True)]
+  return {
+    "plain_seconds": plain,
+    "ours_seconds": ours,
+    "caching_seconds": encode,
+    "images_per_s": {
+      "plain": batch_size / plain["median"],
+      "ours": batch_size / ours["median"],
+      "ours_two_passes": 2 * batch_size / (2 * ours["median"] + encode),
+    },
+    "speedup": benchmarks.spread(speedups),
+    "speedup_two_passes": 2 * plain["median"] / (2 * ours["median"] + encode),
+    "peak_bytes": peaks,
+  }
+
+
+def _print(figures: dict[str, Any]) -> None:
+  parts, rate, peaks = figures["flops"], figures["images_per_s"], figures["peak_bytes"]
+  unit = 9.4 / parts["encoder"]
+  ratio = " : ".join(f"{unit * parts[name]:.1f}" for name in ("encoder", "backbone", "dit"))
+  print(
+    f"{figures['parameters'] / 1e6:.0f} M parameters, encoder : backbone : DiT = {ratio}; lengths {figures['lengths']}"
+  )
+  print(f"the same losses: {', '.join(f'{a:.5f} {b:.5f}' for a, b in zip(*figures['losses'], strict=True))}")
+  print(f"plain            {rate['plain']:8.3f} images/s  peak {peaks['plain'] / 2**30:6.2f} GiB")
+  print(f"ours             {rate['ours']:8.3f} images/s  peak {peaks['ours'] / 2**30:6.2f} GiB")
+  print(f"ours, two passes {rate['ours_two_passes']:8.3f} images/s, caching paid for")
+  speed = figures["speedup"]
+  print(
+    f"speed-up {speed['median']:.2f} ({speed['min']:.2f} to {speed['max']:.2f}); two passes with the caching ", end=""
+  )
+  print(f"{figures['speedup_two_passes']:.2f}; the cache takes {figures['cache_bytes_a_picture']:,} bytes a picture")
