@@ -176,7 +176,9 @@ def make_parser() -> argparse.ArgumentParser:
     shapes.add_argument(f"--{size}", type=_count, default=argparse.SUPPRESS, metavar="N")
   cache = command("cache-features", _cache_features, "compute the CLIP features of pictures once, to train from", data)
   model(cache)
-  cache.add_argument("--data", required=True, metavar="SHARDS", help="pictures with captions, as for training")
+  cache.add_argument(
+    "--data", required=True, nargs="+", metavar="SHARDS", help="pictures with captions, as for training"
+  )
   cache.add_argument("--out", required=True, type=Path, metavar="DIR", help="what data.path of a config then names")
   cache.add_argument("--resize", choices=("crop", "squash"), default=argparse.SUPPRESS, help="(default crop)")
   cache.add_argument(

@@ -220,7 +220,9 @@ def _cache(cfg, clip, mesh, pictures, cache, dtype, batch_size) -> cache_feature
   """What `blip3o data cache-features` does, with weights that lie in memory."""
   source, place = open_source(str(pictures)), {"clip": clip}
   shape = cache_features.feature_shape(cfg)
-  manifest = Manifest(features.identity(None, cfg.clip, "crop"), shape, dtype, str(pictures), len(source), len(source))
+  manifest = Manifest(
+    features.identity(None, cfg.clip, "crop"), shape, dtype, [str(pictures)], len(source), len(source)
+  )
   manifest.write(cache)
   encode = cache_features.make_encoder(cfg, place, mesh, batch_size, dtype)
   squares = cache_features.Squares(source, np.arange(len(source)), cfg.clip.image_size, "crop")

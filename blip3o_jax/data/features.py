@@ -54,7 +54,7 @@ class Manifest:
   encoder: dict[str, Any]
   shape: tuple[int, int]
   dtype: str
-  data: str
+  data: list[str]
   samples: int
   shard_size: int
 

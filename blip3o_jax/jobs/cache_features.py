@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from blip3o_jax.data import features, transforms
 from blip3o_jax.data.features import Manifest
-from blip3o_jax.data.sources import open_source
+from blip3o_jax.data.sources import SourceConfig, open_source
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.blip3o import Blip3o, Blip3oConfig
 from blip3o_jax.porting.locate import open_model
@@ -48,7 +48,7 @@ class Report:
 
 def run(
   model: str,
-  data: str,
+  data: str | Sequence[str],
   out: str | Path,
   *,
   resize: str = "crop",
@@ -61,7 +61,7 @@ def run(
 
   Args:
     model: whose CLIP encoder; see porting.locate.open_model.
-    data: as data.sources.open_source takes it.
+    data: one path or several, as data.sources.SourceConfig.path.
     resize: crop | squash, see transforms.square. dtype: of the arithmetic and of what is stored.
     batch_size: pictures at a time, a process. shard_size: pictures a file, which is what a kill can cost.
     threads: that read and decode.
@@ -72,7 +72,8 @@ def run(
   if "://" in str(out):
     raise UserError(f"{out}: ArrayRecord files need a file system; mount the bucket and give the folder")
   distributed.start()
-  source, pictures, out = open_model(model), open_source(data), Path(out)
+  paths = (data,) if isinstance(data, str) else tuple(data)
+  source, pictures, out = open_model(model), open_source(SourceConfig(paths)), Path(out)
   if "clip" not in source.components:
     raise UserError(
       f"{model} has no clip, the encoder whose features are cached; it has {', '.join(source.components)}"
@@ -80,7 +81,7 @@ def run(
   config = source.config()
   shape = feature_shape(config)
   encoder = features.identity(source.content_hash("clip"), config.clip, resize)
-  manifest = Manifest(encoder, shape, dtype, str(data), len(pictures), shard_size)
+  manifest = Manifest(encoder, shape, dtype, list(paths), len(pictures), shard_size)
   claim(out, manifest)
   mine = manifest.shards[jax.process_index() :: jax.process_count()]
   todo = [(out / name, rows) for name, rows in mine if not (out / name).exists()]

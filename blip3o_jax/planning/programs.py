@@ -82,6 +82,7 @@ def abstract_batch(config: ConfigDict, cfg: Blip3oConfig, mesh: Mesh) -> Batch:
   tokenizer = load_tokenizer(open_model("micro").tokenizer_dir())  # any one: lengths are the config's
   pictures = open_pictures(cfg, default_preprocessor(cfg))
   record = {"name": "a sample", "text": "a", "image": _white_png(), "conversations": _CONVERSATION}
+  record["features"] = np.zeros((math.prod(cfg.dit.grid), cfg.dit.in_channels), jnp.bfloat16)  # if they are cached
   sharding, batches = rules.batch_sharding(mesh), {}
   for (name, data), rows in zip(groups.items(), pipeline.split_rows(groups, config.batch_size), strict=True):
     unseen = {"image": None} if data.task == "conversations" else {}  # its arrays have room for a picture anyway

@@ -68,7 +68,7 @@ def preparation(config: ConfigDict, architecture: Blip3oConfig) -> dict[str, Any
   for group in pipeline.parse(config.data.to_dict())[0].values():
     if group.task == "features":
       weights = source.content_hash("clip") if source and "clip" in source.components else None
-      for path in [one["path"] for one in group.sources.values()] or [group.path]:
+      for path in (one["path"] for one in group.sources.values() or [{"path": group.path}]):
         features.check(path, features.identity(weights, architecture.clip, group.resize))
   preprocessor = source.image_preprocessor() if source else default_preprocessor(architecture)
   return {

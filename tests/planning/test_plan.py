@@ -94,6 +94,15 @@ def test_the_abstract_batch_is_the_loaders(tmp_path):
     assert shapes(ours) == {k: v for k, v in shapes(real).items() if v[1].kind not in "OSU" and k not in COUNTED}
 
 
+def test_a_plan_with_cached_features_has_no_encoder(tmp_path):
+  """No features need be there yet."""
+  plain, cached = (
+    programs.build(small.config(tmp_path, f"data.task={task}"), one_device(), "train")[0]
+    for task in ("generation", "features")
+  )
+  assert set(plain.flops) - set(cached.flops) == {"encoder"}
+
+
 def test_what_does_not_fit_is_told_with_what_would(tmp_path, monkeypatch, capsys):
   """A chip with less memory than the job takes, so that nothing large is compiled."""
   pytest.importorskip("libtpu")
