@@ -203,6 +203,11 @@ def make_parser() -> argparse.ArgumentParser:
   bench = command("bench", None, "measure").add_subparsers(
     dest="bench_command", required=True, metavar="NAME", parser_class=_Parser
   )
+  step = command("train-step", _bench_train_step, "a training step against that of the release's recipe", bench)
+  step.add_argument("--real", choices=("4b", "8b"), default="", help="at the real sizes (default: smaller networks)")
+  step.add_argument("--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N", help="(default 4)")
+  step.add_argument("--rounds", type=_positive, default=argparse.SUPPRESS, metavar="N", help="timed steps (default 4)")
+  step.add_argument("--out", type=Path, metavar="FILE.json")
   loading = command("data", _bench_data, "the data pipeline against a plain loop over the same pictures", bench)
   loading.add_argument("--processes", type=_positive, default=2, metavar="N", help="measure with 1 and N (default 2)")
   loading.add_argument("--out", type=Path, metavar="FILE.json")
@@ -220,15 +225,6 @@ def make_parser() -> argparse.ArgumentParser:
   shapes.add_argument(
     "--questions", type=Path, metavar="DIR", help="understanding/ of a corpus: ask its held-out ones too"
   )
-
-  bench = command("bench", None, "time our way against the plain one").add_subparsers(
-    dest="bench_name", required=True, metavar="NAME", parser_class=_Parser
-  )
-  step = command("train-step", _bench_train_step, "a training step against that of the release's recipe", bench)
-  step.add_argument("--real", choices=("4b", "8b"), default="", help="at the real sizes (default: smaller networks)")
-  step.add_argument("--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N", help="(default 4)")
-  step.add_argument("--rounds", type=_positive, default=argparse.SUPPRESS, metavar="N", help="timed steps (default 4)")
-  step.add_argument("--out", type=Path, metavar="FILE.json")
   return parser
 
 
@@ -386,6 +382,12 @@ def _inspect(args):
     print(line, flush=True)
 
 
+def _bench_train_step(args):
+  from blip3o_jax.benchmarks import train_step
+
+  train_step.run(real=args.real, out=args.out, **_given(args, "batch_size", "rounds"))
+
+
 def _bench_data(args):
   from blip3o_jax.benchmarks import data
 
@@ -413,9 +415,3 @@ def _eval_shapes(args):
   for name, kinds in score.understanding.items():
     print(f"questions, {name}: " + ", ".join(f"{kind} {share:.3f}" for kind, share in kinds.items()))
   print(args.out / "scores.json")
-
-
-def _bench_train_step(args):
-  from blip3o_jax.benchmarks import train_step
-
-  train_step.run(real=args.real, out=args.out, **_given(args, "batch_size", "rounds"))
