@@ -38,7 +38,7 @@ from blip3o_jax.data.features import FeatureSource, Manifest
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.data.tokenizer import Tokenizer, load_tokenizer
 from blip3o_jax.errors import CheckFailed
-from blip3o_jax.jobs import cache_features
+from blip3o_jax.inference import encoding
 from blip3o_jax.models import flops
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.objectives import generation
@@ -216,18 +216,18 @@ def _write_pictures(folder: Path, count: int, size: int) -> None:
         tar.addfile(info, io.BytesIO(content))
 
 
-def _cache(cfg, clip, mesh, pictures, cache, dtype, batch_size) -> cache_features.Report:
+def _cache(cfg, clip, mesh, pictures, cache, dtype, batch_size) -> encoding.Report:
   """What `blip3o data cache-features` does, with weights that lie in memory."""
   source, place = open_source(str(pictures)), {"clip": clip}
-  shape = cache_features.feature_shape(cfg)
+  shape = encoding.feature_shape(cfg)
   manifest = Manifest(
     features.identity(None, cfg.clip, "crop"), shape, dtype, [str(pictures)], len(source), len(source)
   )
   manifest.write(cache)
-  encode = cache_features.make_encoder(cfg, place, mesh, batch_size, dtype)
-  squares = cache_features.Squares(source, np.arange(len(source)), cfg.clip.image_size, "crop")
+  encode = encoding.make_encoder(cfg, place, mesh, batch_size, dtype)
+  squares = encoding.Squares(source, np.arange(len(source)), cfg.clip.image_size, "crop")
   shards = [(cache / name, rows) for name, rows in manifest.shards]
-  report = cache_features.write_shards(shards, squares, encode, batch_size=batch_size, threads=2)
+  report = encoding.write_shards(shards, squares, encode, batch_size=batch_size, threads=2)
   assert len(FeatureSource(cache)) == report.pictures
   return report
 
@@ -276,7 +276,7 @@ def _parts(cfg, max_length: int) -> dict[str, float]:
   }
 
 
-def _figures(batch_size: int, seconds, caching: cache_features.Report, peaks: dict[str, int]) -> dict[str, Any]:
+def _figures(batch_size: int, seconds, caching: encoding.Report, peaks: dict[str, int]) -> dict[str, Any]:
   plain, ours = (benchmarks.spread(one) for one in seconds)
   encode = caching.seconds / caching.pictures * batch_size  # once for two passes
   speedups = [a / b for a, b in zip(*seconds, strict=True)]

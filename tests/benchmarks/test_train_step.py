@@ -17,6 +17,8 @@ def test_it_compares(monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(jax, "jit", tiny.quick_jit)
   monkeypatch.setattr(train_step, "_SMALL", tiny.OVERRIDES)
   monkeypatch.setattr(train_step, "_BUCKETS", ())
+  made = lambda config, program, wanted, say: jax.device_put({name: tiny.params()[name] for name in wanted})
+  monkeypatch.setattr(train_step.trainer, "initial_params", made)  # compiled otherwise
   assert (
     main(["bench", "train-step", "--batch-size", "2", "--rounds", "1", "--out", str(tmp_path / "figures.json")]) == 0
   )
