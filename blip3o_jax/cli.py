@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
 
   train = command("train", _train, "train one stage, or go on with it; --config.FIELD=VALUE changes a field")
   train.add_argument("--config", required=True, type=Path, metavar="FILE", help="an experiment, configs/X.py")
-  train.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="of this run alone")
+  train.add_argument("--workdir", required=True, metavar="DIR", help="of this run alone; may be gs://...")
   train.add_argument("--profile", type=_positive, metavar="STEPS", help="trace that many steps into WORKDIR/profile")
 
   plan = command("plan", _plan, "does a job fit a TPU slice, and what bounds its speed? Compiles for it, without one")
@@ -273,7 +273,7 @@ def _train(args):
   config = load_config(args.config, [*args.overrides, *profile])  # a slip answers before jax starts
   from blip3o_jax.training.trainer import train
 
-  words = ["blip3o", "train", "--config", args.config.as_posix(), "--workdir", args.workdir.as_posix(), *args.overrides]
+  words = ["blip3o", "train", "--config", args.config.as_posix(), "--workdir", args.workdir, *args.overrides]
   train(config, args.workdir, command=shlex.join(words))
 
 

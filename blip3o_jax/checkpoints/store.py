@@ -4,12 +4,12 @@ import errno
 import itertools
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
 from blip3o_jax.errors import UserError
@@ -27,10 +27,12 @@ class Store:
   """
 
   def __init__(
-    self, directory: Path | str, *, keep: int = 1, timeout_s: int = 600, tell: Callable[[str], None] = print
+    self, directory: str | os.PathLike, *, keep: int = 1, timeout_s: int = 600, tell: Callable[[str], None] = print
   ):
     """Raises UserError if the directory cannot be made or written."""
-    self.directory = Path(directory).absolute()
+    self.directory = epath.Path(directory)
+    if "://" not in os.fspath(directory):  # Orbax wants a whole path; that of a bucket is one
+      self.directory = self.directory.absolute()
     self._keep, self._timeout, self._tell = keep, timeout_s, tell
     self._manager: ocp.CheckpointManager | None = None
     self._pending: int | None = None

@@ -1,11 +1,13 @@
-"""Files that commands leave behind: pictures, reports, scores."""
+"""Files that commands leave behind: pictures, reports, scores. A path may be one of a bucket, gs://..."""
 
 import io
 import os
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from PIL import Image
+
+from blip3o_jax.data.files import is_remote
 
 
 def encode_png(picture: np.ndarray) -> bytes:
@@ -15,10 +17,13 @@ def encode_png(picture: np.ndarray) -> bytes:
   return buffer.getvalue()
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
   """The file is there whole or not at all; missing folders are made."""
-  path = Path(path)
+  path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
+  if is_remote(os.fspath(path)):  # an object appears when it is complete
+    path.write_bytes(content)
+    return
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   temporary.write_bytes(content)
   os.replace(temporary, path)

@@ -1,12 +1,12 @@
 """Every field of an experiment and its default: the release's pre-training recipe (spec 11.1)."""
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
+from blip3o_jax.data.outputs import write_atomically
 from blip3o_jax.errors import UserError
 
 # Fields whose value is for their readers to check.
@@ -101,7 +101,7 @@ def complete(config: ConfigDict) -> ConfigDict:
   return full
 
 
-def claim(workdir: Path, config: ConfigDict, *, write: bool) -> str:
+def claim(workdir: epath.Path, config: ConfigDict, *, write: bool) -> str:
   """Leave `config` in WORKDIR/config.json, or check that the one there is the same up to logging and saving.
 
   Returns: what differs and may; empty if nothing does.
@@ -121,10 +121,7 @@ def claim(workdir: Path, config: ConfigDict, *, write: bool) -> str:
     if refused := words([k for k in differing if k not in _MENDED]):
       raise UserError(f"{workdir} was made by another config ({refused}); give another --workdir or the old values")
   if write:
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".config.json.{os.getpid()}")
-    temporary.write_text(json.dumps(ours, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)
+    write_atomically(path, (json.dumps(ours, indent=2, sort_keys=True) + "\n").encode())
   return mended
 
 

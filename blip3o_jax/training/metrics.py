@@ -1,13 +1,17 @@
 """WORKDIR/metrics.jsonl, the progress line, and TensorBoard on request."""
 
+import io
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
+from blip3o_jax.data.files import is_remote
+from blip3o_jax.data.outputs import write_atomically
 from blip3o_jax.errors import UserError
 from blip3o_jax.training.throughput import Timing, utilisation
 
@@ -24,12 +28,13 @@ class MetricLog:
     data_wait (share of step_seconds), save_seconds (that steps waited for saving); goodput since the first start.
 
   Lines after `start` are of a run that was cut off and goes on from there: they are dropped. Other processes than the
-  first write nothing. A disk that takes no line is told; the lines wait for it.
+  first write nothing. A disk that takes no line is told; the lines wait for it. A bucket cannot be appended to: there
+  the file is put at every save.
   """
 
   def __init__(
     self,
-    workdir: Path,
+    workdir: epath.Path,
     timing: Timing,
     devices: Sequence[jax.Device],
     *,
@@ -51,10 +56,23 @@ class MetricLog:
     kept = [line for line in read(self.path) if line["step"] <= start]
     self.last = kept[-1] if kept else {}
     if self._writes:
-      temporary = self.path.with_name(f".metrics.jsonl.{os.getpid()}")
-      temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-      temporary.replace(self.path)
-      self._file, self._waiting = self.path.open("ab", buffering=0), b""
+      content = "".join(json.dumps(line) + "\n" for line in kept).encode()
+      write_atomically(self.path, content)
+      self._file, self._waiting = self._open(content), b""
+
+  def _open(self, content: bytes) -> io.RawIOBase:
+    if not is_remote(os.fspath(self.path)):
+      return open(self.path, "ab", buffering=0)
+    file = tempfile.TemporaryFile(buffering=0)
+    file.write(content)
+    return file
+
+  def put(self) -> None:
+    """Report what is pending; every line is then where it belongs."""
+    self.flush()
+    if self._writes and is_remote(os.fspath(self.path)):
+      self._file.seek(0)
+      write_atomically(self.path, self._file.read())
 
   def add(
     self,
@@ -138,7 +156,7 @@ class MetricLog:
       self._board.close()
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: epath.Path) -> list[dict[str, Any]]:
   """The lines of a metrics file; a last line that was cut off by a kill is left out."""
   lines = []
   for text in path.read_text().splitlines() if path.exists() else []:
@@ -155,7 +173,7 @@ def _clock(seconds: float) -> str:
   return f"{hours}:{minutes:02}:{seconds:02}"
 
 
-def _tensorboard(workdir: Path):
+def _tensorboard(workdir: epath.Path):
   try:
     from clu import metric_writers
   except ImportError as error:

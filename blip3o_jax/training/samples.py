@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -40,7 +41,7 @@ def components_to_draw(config: ConfigDict, cfg: Blip3oConfig, components: Collec
 class Sampler:
   """Draws `config.sample_prompts` with given weights. Has random numbers of its own: the training never notices."""
 
-  def __init__(self, config: ConfigDict, model: Blip3o, mesh: Mesh, tokenizer_dir: Path | None, workdir: Path):
+  def __init__(self, config: ConfigDict, model: Blip3o, mesh: Mesh, tokenizer_dir: Path | None, workdir: epath.Path):
     if tokenizer_dir is None:
       raise UserError("sample_every needs a tokenizer: set config.tokenizer, or an init_from that has one")
     self._config, self._model, self._mesh, self._directory = config, model, mesh, workdir / "samples"

@@ -5,10 +5,10 @@ import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from blip3o_jax.data.outputs import write_atomically
 from blip3o_jax.models.blip3o import Blip3oConfig
@@ -72,7 +72,7 @@ class Timing:
   starts, are in the denominator alone.
   """
 
-  def __init__(self, workdir: Path, *, useful: float = 0.0, seconds: float = 0.0, write: bool = True):
+  def __init__(self, workdir: epath.Path, *, useful: float = 0.0, seconds: float = 0.0, write: bool = True):
     """`useful` and `seconds` are those of the checkpoint that this start goes on from."""
     path = workdir / "began.txt"
     if write and not path.exists():

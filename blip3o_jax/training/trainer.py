@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from clu import parameter_overview
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -39,8 +41,8 @@ from blip3o_jax.types import Batch, Params
 class TrainResult:
   """What a finished run leaves behind. `metrics` are those of the last step."""
 
-  workdir: Path
-  model_dir: Path
+  workdir: epath.Path
+  model_dir: epath.Path
   steps: int
   metrics: dict[str, float]
 
@@ -64,7 +66,7 @@ class Program:
   flops: Callable[[Batch], float | None]
 
 
-def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> TrainResult:
+def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") -> TrainResult:
   """Train one stage to its end, or go on with it: the same command does both.
 
   Leaves in `workdir`: config.json, began.txt (when, in Unix seconds), parameters.txt, metrics.jsonl, checkpoints/, at
@@ -72,7 +74,7 @@ def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> Trai
 
   Args:
     config: fields of `training.defaults.default_config()`.
-    workdir: directory of this run alone; one that another config made is refused.
+    workdir: directory of this run alone, or gs://...; one that another config made is refused.
     command: what to type to do this again; told in the model's provenance.
 
   Raises:
@@ -81,7 +83,7 @@ def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> Trai
     Preempted: SIGTERM or SIGINT came; the finished steps are saved.
   """
   # 1. The run: is it new, half done, or done?
-  config, workdir = complete(config), Path(workdir)
+  config, workdir = complete(config), epath.Path(workdir)
   exported = workdir / "model"
   changed = claim(workdir, config, write=False)
   if (exported / "model.json").exists():
@@ -146,7 +148,7 @@ def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> Trai
 
     # 5. The loop. The host runs one step ahead: what is logged is always the step before.
     def save(done: int, *, insist: bool = False) -> None:
-      log.flush()  # the lines up to a checkpoint are on disk before it is
+      log.put()  # the lines up to a checkpoint are on disk before it is
       if log.bad and not insist:
         return say(f"step {done} is not saved: the last {log.bad} steps were not finite, those before are kept")
       with timing.lost("save"):
@@ -192,7 +194,7 @@ def train(config: ConfigDict, workdir: str | Path, *, command: str = "") -> Trai
             say(sampler.draw(done, state.merge(train_state.ema or train_state.trained, frozen)))
         if done == config.steps or done % config.save_every == 0:
           save(done, insist=done == config.steps)
-    log.flush()
+    log.put()
     log.close()
 
     # 6. The model directory: averaged weights if there are any, and the untouched components of init_from.
@@ -291,7 +293,7 @@ def _tokenizer(config: ConfigDict) -> Path | None:
   return tokenizer_dir(config, open_model(config.init_from) if config.init_from else None)
 
 
-def export(config: ConfigDict, program: Program, params: Params, directory: Path, facts: dict[str, Any]) -> None:
+def export(config: ConfigDict, program: Program, params: Params, directory: epath.Path, facts: dict[str, Any]) -> None:
   """Write the model directory of a finished run. What init_from has and was not trained is carried over as it is."""
   source = open_model(config.init_from) if config.init_from else None
   carried = source.components if source else ()
