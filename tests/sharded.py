@@ -69,8 +69,6 @@ def run(workdir, *changes, devices=1, port=None, index=0, processes=1, **kwargs)
   """Start this file as a process; `changes` are dicts, each with a "name" under which WORKDIR gets its run."""
   env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
   env |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "JAX_PLATFORMS": "cpu"}
-  # Most of the time is the compiler's, and what it optimises here is not what is compared.
-  env |= {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
   if port:
     env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
     env |= {"JAX_PROCESS_ID": str(index)}
@@ -89,6 +87,8 @@ if __name__ == "__main__":
 
   jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
   jax.config.update("jax_default_matmul_precision", "highest")
+  # Two programs under way at once can wait for each other's threads where eight devices share one core.
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
   distributed.start()
   trainer.open_loader, trainer.export = open_loader, lambda *args: None
   try:
