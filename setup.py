@@ -81,5 +81,10 @@ setup(
   install_requires=BASE,
   extras_require=EXTRAS,
   cmdclass={"build_py": BuildWithConfigs},
-  entry_points={"console_scripts": ["blip3o = blip3o_jax.cli:main"]},
+  entry_points={
+    "console_scripts": ["blip3o = blip3o_jax.cli:main"],
+    "lmms_eval.models": [
+      "blip3o_jax = blip3o_jax.evaluation.understanding:manifest"
+    ],  # read by lmms-eval, if installed
+  },
 )

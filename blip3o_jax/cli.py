@@ -6,6 +6,8 @@ Every command imports what it needs when it runs, so that `--help` and a mistype
 
 import argparse
 import errno
+import importlib
+import json
 import os
 import shlex
 import signal
@@ -97,6 +99,32 @@ def make_parser() -> argparse.ArgumentParser:
     added.add_argument(
       "--model", required=True, metavar="DIR", help="a model directory, the release's layout, a hub id, or `micro`"
     )
+    added.add_argument(
+      "--compile-cache", default=argparse.SUPPRESS, metavar="DIR", help="keeps compiled programs for the next start"
+    )
+
+  def drawing(added, seed=0):
+    added.add_argument("--seed", type=int, default=seed, help=f"(default {seed})")
+    added.add_argument("--guidance", type=float, default=argparse.SUPPRESS, help="(default: the model's own)")
+    added.add_argument("--steps", type=_positive, default=argparse.SUPPRESS, help="(default: the model's own)")
+    added.add_argument(
+      "--set",
+      action="append",
+      default=[],
+      type=_setting,
+      metavar="NAME=VALUE",
+      help="another setting of blip3o_jax.inference.image.Sampling, such as decoder_steps=20 or exact_times=true",
+    )
+
+  def job(added, num):
+    added.add_argument("--out", required=True, type=Path, metavar="DIR", help="of this job alone")
+    added.add_argument("--num", type=_positive, default=num, help=f"pictures a prompt (default {num})")
+    added.add_argument(
+      "--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N", help="pictures at once, in each process"
+    )
+    added.add_argument(
+      "--fsdp", type=_positive, default=argparse.SUPPRESS, metavar="N", help="devices over which weights are cut"
+    )
 
   quickstart = command("quickstart", _quickstart, "the main job in miniature, on this machine")
   quickstart.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), metavar="DIR")
@@ -118,21 +146,39 @@ def make_parser() -> argparse.ArgumentParser:
   plan.add_argument("--json", action="store_true", help="print the plan as JSON")
   plan.add_argument("--cells", nargs="+", default=[], metavar="CELL", help="with --table: these cells or rows alone")
 
-  generate = command("generate", _generate, "draw pictures for prompts")
+  generate = command(
+    "generate",
+    _generate,
+    "draw pictures for prompts: a few by --prompt, to OUT/PROMPT-NUMBER.png; or a file of them by --prompts, on all "
+    "hosts and devices, to OUT/pictures and OUT/manifest.jsonl: stopped, the same command goes on",
+  )
   model(generate)
   prompts = generate.add_mutually_exclusive_group(required=True)
   prompts.add_argument("--prompt", nargs="+", metavar="TEXT")
-  prompts.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help='rows of {"prompt": TEXT}')
-  generate.add_argument("--out", required=True, type=Path, metavar="DIR", help="gets PROMPT-NUMBER.png")
-  generate.add_argument("--num", type=_positive, default=4, help="pictures a prompt (default 4)")
-  generate.add_argument("--seed", type=int, default=0)
-  generate.add_argument("--guidance", type=float, default=argparse.SUPPRESS, help="(default: the model's own)")
-  generate.add_argument("--steps", type=_positive, default=argparse.SUPPRESS, help="(default: the model's own)")
+  prompts.add_argument(
+    "--prompts", type=Path, metavar="FILE.jsonl", help='rows of {"prompt": TEXT}, perhaps with "seed" and "image"'
+  )
+  job(generate, 4)
+  drawing(generate)
 
-  chat = command("chat", _chat, "answer a question, about pictures if there are any")
+  edit = command("edit", _edit, "draw pictures anew by an instruction, as far as the model has learned to")
+  model(edit)
+  edit.add_argument("--image", required=True, nargs="+", type=Path, metavar="FILE")
+  edit.add_argument("--instruction", default="", metavar="TEXT", help="(default: reconstruct, as the release does)")
+  edit.add_argument("--out", required=True, type=Path, metavar="DIR", help="gets NAME-edited.png")
+  drawing(edit)
+
+  chat = command("chat", _chat, "talk with a model, about pictures if there are any")
   model(chat)
-  chat.add_argument("--image", nargs="+", default=[], type=Path, metavar="FILE")
-  chat.add_argument("--prompt", required=True, metavar="TEXT")
+  chat.add_argument("--image", nargs="+", default=[], type=Path, metavar="FILE", help="of the first turn")
+  chat.add_argument(
+    "--prompt", nargs="+", metavar="TEXT", help="a turn each (default: lines of standard input; /help says more)"
+  )
+  chat.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="of the pictures that /draw draws")
+  chat.add_argument("--max-new-tokens", type=_positive, default=argparse.SUPPRESS, metavar="N")
+  chat.add_argument("--temperature", type=float, default=argparse.SUPPRESS, help="(default 0: greedy)")
+  chat.add_argument("--top-p", type=float, default=argparse.SUPPRESS)
+  chat.add_argument("--top-k", type=_count, default=argparse.SUPPRESS)
 
   reconstruct = command("reconstruct", _reconstruct, "draw a picture again from its CLIP features")
   model(reconstruct)
@@ -200,6 +246,16 @@ def make_parser() -> argparse.ArgumentParser:
   inspect.add_argument("--num", type=_positive, default=argparse.SUPPRESS, help="samples (default 3; of a config 256)")
   inspect.add_argument("--out", type=Path, default=Path("inspected"), metavar="DIR", help="of a config (default here)")
 
+  caption = command("caption", _caption, "caption pictures by the model's own chat, into shards to train from", data)
+  caption.about = "blip3o_jax.jobs.caption"
+  model(caption)
+  caption.add_argument("--data", required=True, metavar="PATH", help="tar shards, .jsonl, ..., or a folder of them")
+  caption.add_argument("--out", required=True, type=Path, metavar="DIR", help="of this job alone")
+  caption.add_argument("--style", choices=("long", "short"), default="long")
+  caption.add_argument("--prompt", metavar="TEXT", help="ask this (default: what the style asks)")
+  caption.add_argument("--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N")
+  caption.add_argument("--fsdp", type=_positive, default=argparse.SUPPRESS, metavar="N")
+
   bench = command("bench", None, "measure").add_subparsers(
     dest="bench_command", required=True, metavar="NAME", parser_class=_Parser
   )
@@ -225,12 +281,40 @@ def make_parser() -> argparse.ArgumentParser:
   shapes.add_argument(
     "--questions", type=Path, metavar="DIR", help="understanding/ of a corpus: ask its held-out ones too"
   )
+  for name, num, takes in (
+    ("geneval", 4, "evaluation_metadata.jsonl"),
+    ("dpg", 4, "the folder dpg_bench/prompts"),
+    ("wise", 1, "a file of its data, or the folder of them"),
+    ("mjhq", 1, "meta_data.json"),
+  ):
+    added = command(name, _eval_folder, f"draw the folder that the scorer of {name} reads", evaluation)
+    added.about = f"blip3o_jax.evaluation.{name}"  # its docstring says how to score
+    model(added)
+    added.add_argument("--prompts", required=True, type=Path, metavar="PATH", help=f"the benchmark's own: {takes}")
+    job(added, num)
+    drawing(added, seed=42)
+  understanding = command("understanding", _eval_understanding, "run lmms-eval on a model", evaluation)
+  understanding.about = "blip3o_jax.evaluation.understanding"
+  model(understanding)
+  understanding.add_argument("--tasks", required=True, metavar="TASK,TASK", help="as lmms-eval calls them")
+  understanding.add_argument("--batch-size", type=_positive, default=16)
+  understanding.add_argument("--limit", type=_positive, metavar="N", help="this many questions of each task only")
+  understanding.add_argument("--out", metavar="DIR", help="of lmms-eval's own logs")
   return parser
 
 
 class _Parser(argparse.ArgumentParser):
+  about: str | None = None  # a module whose docstring `--help` shows
+
   def __init__(self, **kwargs):
     super().__init__(**kwargs, allow_abbrev=False)  # `--num` must not be taken for a future `--num-hosts`
+
+  def format_help(self) -> str:
+    """With the docstring of `about`, as it is laid out, imported only now."""
+    if self.about:
+      self.formatter_class = argparse.RawDescriptionHelpFormatter
+      self.description = importlib.import_module(self.about).__doc__
+    return super().format_help()
 
   def error(self, message: str):
     """One line, as for every other input error (argparse would print the usage before it)."""
@@ -247,6 +331,21 @@ def _positive(text: str) -> int:
   if (value := int(text)) < 1:
     raise argparse.ArgumentTypeError(f"{text} is below 1")
   return value
+
+
+def _setting(text: str) -> tuple[str, object]:
+  name, equals, value = text.partition("=")
+  if not equals:
+    raise argparse.ArgumentTypeError(f"{text} is not NAME=VALUE")
+  try:
+    return name, json.loads(value)
+  except ValueError:
+    return name, value
+
+
+def _settings(args: argparse.Namespace) -> dict:
+  """The settings of drawing that were given."""
+  return _given(args, "guidance", "steps") | dict(args.set)
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict:
@@ -295,24 +394,57 @@ def _plan(args):
 
 
 def _generate(args):
-  from blip3o_jax.data.inputs import read_prompts
+  if args.prompts is not None:
+    from blip3o_jax.jobs.generate import Rows
+
+    return _draw_all(args, Rows)
+  from blip3o_jax.jobs.generate import draw_few
+
+  options = {"num": args.num, "seed": args.seed, "settings": _settings(args), **_given(args, "compile_cache")}
+  for path, prompt in draw_few(args.model, args.prompt, args.out, **options):
+    print(f"{path}  {prompt}", flush=True)
+
+
+def _draw_all(args, prompts):
+  from blip3o_jax.sharding import distributed
+
+  distributed.start()  # before anything touches a device
+  from blip3o_jax.jobs import generate
+
+  options = _given(args, "batch_size", "fsdp", "compile_cache")
+  settings = {"num": args.num, "seed": args.seed, "settings": _settings(args)}
+  print(generate.run(args.model, prompts(args.prompts), args.out, **settings, **options))
+
+
+def _eval_folder(args):
+  _draw_all(args, importlib.import_module(f"blip3o_jax.evaluation.{args.eval_command}").Prompts)
+  print(f"`blip3o eval {args.eval_command} --help` says how to score it")
+
+
+def _eval_understanding(args):
+  from blip3o_jax.evaluation import understanding
+
+  understanding.run(args.model, args.tasks, batch_size=args.batch_size, limit=args.limit, out=args.out)
+
+
+def _edit(args):
   from blip3o_jax.data.outputs import encode_png, write_atomically
   from blip3o_jax.inference.model import load
 
-  prompts = args.prompt or read_prompts(args.prompts)
-  model = load(args.model)
-  drawn = model.generate(prompts, num=args.num, seed=args.seed, **_given(args, "guidance", "steps"))
-  for i, (prompt, pictures) in enumerate(zip(prompts, drawn, strict=True)):
-    for n, picture in enumerate(pictures):
-      path = args.out / f"{i:03d}-{n}.png"
-      write_atomically(path, encode_png(picture))
-      print(f"{path}  {prompt}", flush=True)
+  model = load(args.model, **_given(args, "compile_cache"))
+  edited = model.edit(args.image, args.instruction, seed=args.seed, **_settings(args))
+  for image, picture in zip(args.image, edited, strict=True):
+    path = args.out / f"{image.stem}-edited.png"
+    write_atomically(path, encode_png(picture))
+    print(path)
 
 
 def _chat(args):
+  from blip3o_jax.apps.chat import chat
   from blip3o_jax.inference.model import load
 
-  print(load(args.model).chat([{"role": "user", "content": [*args.image, args.prompt]}]))
+  settings = _given(args, "max_new_tokens", "temperature", "top_p", "top_k")
+  chat(load(args.model, **_given(args, "compile_cache")), args.prompt, args.image, args.out, **settings)
 
 
 def _reconstruct(args):
@@ -320,7 +452,7 @@ def _reconstruct(args):
   from blip3o_jax.inference.model import load
 
   path = args.out / f"{args.image.stem}.png"
-  write_atomically(path, encode_png(load(args.model).reconstruct(args.image)[0]))
+  write_atomically(path, encode_png(load(args.model, **_given(args, "compile_cache")).reconstruct(args.image)[0]))
   print(path)
 
 
@@ -359,6 +491,16 @@ def _cache_features(args):
 
   options = _given(args, "resize", "dtype", "batch_size", "shard_size", "threads")
   cache_features.run(args.model, args.data, args.out, **options)
+
+
+def _caption(args):
+  from blip3o_jax.sharding import distributed
+
+  distributed.start()  # before anything touches a device
+  from blip3o_jax.jobs import caption
+
+  options = _given(args, "batch_size", "fsdp", "compile_cache")
+  print(caption.run(args.model, args.data, args.out, style=args.style, prompt=args.prompt, **options))
 
 
 def _index(args):

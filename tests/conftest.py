@@ -26,6 +26,27 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory):
+  """The tiny model as a real directory, drawing in two steps."""
+  import tiny
+
+  from blip3o_jax.data import shapes_corpus
+  from blip3o_jax.data.tokenizer import train_tokenizer
+  from blip3o_jax.porting import model_dir
+
+  out = tmp_path_factory.mktemp("model")
+  train_tokenizer(shapes_corpus.tokenizer_texts(), shapes_corpus.VOCABULARY).save(out / "tokenizer")
+  return model_dir.write(
+    out / "tiny",
+    preset="micro",
+    overrides=tiny.OVERRIDES,
+    params=tiny.params(),
+    tokenizer_dir=out / "tokenizer",
+    sampling={"steps": 2, "decoder_steps": 2},
+  )
+
+
+@pytest.fixture(scope="session")
 def golden():
   """`golden("next_dit")` -> namespace of config, weights, io, fixture and path (see helpers.load_golden)."""
   return load_golden

@@ -6,10 +6,10 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from blip3o_jax import cli
 from blip3o_jax.errors import CheckFailed, Preempted, Problems, UserError
@@ -106,58 +106,108 @@ def test_train_reads_the_config_and_its_overrides(replace, tmp_path, capsys):
 
 
 class FakeModel:
-  """Stands in for inference.model.Model and notes what it is asked."""
-
-  def __init__(self):
-    self.asked = []
-
-  def generate(self, prompts, **settings):
-    self.asked.append((prompts, settings))
-    return [[np.full((4, 5, 3), 10 * i + n, np.uint8) for n in range(settings["num"])] for i in range(len(prompts))]
-
-  def chat(self, messages):
-    (message,) = messages
-    *images, prompt = message["content"]
-    return f"{prompt} of {len(images)} for the {message['role']}"
+  """Stands in for inference.model.Model."""
 
   def reconstruct(self, image):
     return [np.full((4, 4, 3), 7, np.uint8)]
+
+  def edit(self, images, instruction, **settings):
+    self.asked = instruction, settings
+    return [np.full((4, 4, 3), i, np.uint8) for i in range(len(images))]
 
 
 @pytest.fixture
 def model(replace):
   fake = FakeModel()
-  replace("blip3o_jax.inference.model", load=lambda name: fake)
+  replace("blip3o_jax.inference.model", load=lambda name, **options: fake)
   return fake
 
 
-def test_generate_writes_png_by_prompt_and_number(model, tmp_path, capsys):
-  assert run("generate", "--model", "m", "--prompt", "a", "b", "--out", tmp_path / "o", "--num", 2, "--seed", 5) == 0
-  assert model.asked == [(["a", "b"], {"num": 2, "seed": 5})]  # guidance and steps are left to the model
-  assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["000-0.png", "000-1.png", "001-0.png", "001-1.png"]
-  with Image.open(tmp_path / "o" / "001-1.png") as picture:
-    assert picture.size == (5, 4) and picture.getpixel((0, 0)) == (11, 11, 11)
-  assert capsys.readouterr().out.splitlines()[3] == f"{tmp_path / 'o' / '001-1.png'}  b"
+@pytest.fixture
+def jobs(replace):
+  """What jobs.generate was called with."""
+  called = []
+
+  def draw_few(*args, **options):
+    called.append((*args, options))
+    yield Path("o/000-0.png"), "a"
+
+  def run(model, prompts, out, **options):
+    called.append((model, prompts, out, options))
+    return "o/manifest.jsonl"
+
+  replace("blip3o_jax.jobs.generate", draw_few=draw_few, run=run, Rows=lambda path: f"rows of {path}")
+  replace("blip3o_jax.sharding.distributed", start=lambda: called.append("start"))
+  return called
 
 
-def test_generate_reads_prompts_from_a_file(model, tmp_path, capsys):
-  file = tmp_path / "p.jsonl"
-  file.write_text('{"prompt": "a circle"}\n\n{"prompt": "é"}\n')
-  words = ["generate", "--model", "m", "--prompts", file, "--out", tmp_path, "--num", 1]
-  assert run(*words, "--guidance", "1.5", "--steps", 3) == 0
-  assert model.asked == [(["a circle", "é"], {"num": 1, "seed": 0, "guidance": 1.5, "steps": 3})]
-  for text, said in [('{"text": "a"}', "line 1"), ("{", "not JSON"), ("", "no prompts")]:
-    file.write_text(text)
-    assert run(*words) == 2
-    assert said in capsys.readouterr().err
+def test_generate_a_few(jobs, tmp_path, capsys):
+  """What was not given is left to the model; settings are JSON, or else text."""
+  words = ["generate", "--model", "m", "--prompt", "a", "b", "--out", tmp_path, "--num", 2, "--seed", 5]
+  assert run(*words) == 0 and jobs == [("m", ["a", "b"], tmp_path, {"num": 2, "seed": 5, "settings": {}})]
+  assert capsys.readouterr().out == "o/000-0.png  a\n"
+  more = ["--guidance", "1.5", "--steps", 3, "--set", "exact_times=true", "--set", "decoder_null=zeros"]
+  assert run(*words, *more, "--compile-cache", "c") == 0
+  settings = {"guidance": 1.5, "steps": 3, "exact_times": True, "decoder_null": "zeros"}
+  assert jobs[1][-1] == {"num": 2, "seed": 5, "settings": settings, "compile_cache": "c"}
+  assert run(*words, "--set", "exact_times") == 2
+  assert "exact_times is not NAME=VALUE" in capsys.readouterr().err
 
 
-def test_chat_and_reconstruct(model, tmp_path, capsys):
-  Image.new("RGB", (8, 8)).save(tmp_path / "x.jpg")
-  assert run("chat", "--model", "m", "--image", "a", "b", "--prompt", "what?") == 0
-  assert capsys.readouterr().out == "what? of 2 for the user\n"
+def test_generate_all_of_a_file(jobs, capsys):
+  assert run("generate", "--model", "m", "--prompts", "p.jsonl", "--out", "o") == 0
+  assert jobs == ["start", ("m", "rows of p.jsonl", Path("o"), {"num": 4, "seed": 0, "settings": {}})]
+  assert capsys.readouterr().out == "o/manifest.jsonl\n"
+  words = ["--batch-size", 8, "--fsdp", 2, "--num", 1]
+  assert run("generate", "--model", "m", "--prompts", "p.jsonl", "--out", "o", *words) == 0
+  assert jobs[-1][-1] == {"num": 1, "seed": 0, "settings": {}, "batch_size": 8, "fsdp": 2}
+
+
+@pytest.mark.parametrize(("name", "num"), [("geneval", 4), ("dpg", 4), ("wise", 1), ("mjhq", 1)])
+def test_eval_folders(jobs, replace, capsys, name, num):
+  replace(f"blip3o_jax.evaluation.{name}", Prompts=lambda path: f"{name} of {path}")
+  assert run("eval", name, "--model", "m", "--prompts", "p", "--out", "o", "--steps", 9) == 0
+  assert jobs[1] == ("m", f"{name} of p", Path("o"), {"num": num, "seed": 42, "settings": {"steps": 9}})
+  assert f"`blip3o eval {name} --help` says how to score it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("name", "words"),
+  [
+    ("geneval", "python evaluation/evaluate_images.py OUT/images"),
+    ("dpg", "bash dpg_bench/dist_eval.sh OUT/images RESOLUTION"),
+    ("wise", "python gpt_eval.py --json_path"),
+    ("mjhq", "fid.compute_fid('OUT/images'"),
+    ("understanding", "python -m lmms_eval --model blip3o_jax"),
+  ],
+)
+def test_help_of_a_benchmark_says_how_to_score(capsys, name, words):
+  assert run("eval", name, "--help") == 0
+  assert words in capsys.readouterr().out
+
+
+def test_chat_edit_and_reconstruct(model, replace, tmp_path, capsys):
+  called = []
+  replace("blip3o_jax.apps.chat", chat=lambda *args, **settings: called.append((*args, settings)))
+  words = ["--image", "a", "b", "--prompt", "what?", "why?", "--temperature", "0.5"]
+  assert run("chat", "--model", "m", *words) == 0 and run("chat", "--model", "m") == 0
+  assert called[0] == (model, ["what?", "why?"], [Path("a"), Path("b")], Path("."), {"temperature": 0.5})
+  assert called[1] == (model, None, [], Path("."), {})
+  image = ["--image", tmp_path / "x.jpg", tmp_path / "y.png", "--out", tmp_path / "o"]
+  assert run("edit", "--model", "m", *image, "--instruction", "bluer", "--steps", 3) == 0
+  assert model.asked == ("bluer", {"seed": 0, "steps": 3})
+  assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["x-edited.png", "y-edited.png"]
   assert run("reconstruct", "--model", "m", "--image", tmp_path / "x.jpg", "--out", tmp_path / "o") == 0
   assert (tmp_path / "o" / "x.png").is_file()
+
+
+def test_caption(replace, capsys):
+  called = {}
+  replace("blip3o_jax.jobs.caption", run=lambda *args, **options: called.update(args=args, **options) or "there")
+  replace("blip3o_jax.sharding.distributed", start=lambda: None)
+  assert run("data", "caption", "--model", "m", "--data", "d", "--out", "o", "--style", "short", "--batch-size", 4) == 0
+  assert called == {"args": ("m", "d", Path("o")), "style": "short", "prompt": None, "batch_size": 4}
+  assert capsys.readouterr().out == "there\n"
 
 
 def test_eval_shapes_prints_families_and_questions(replace, tmp_path, capsys):

@@ -2,28 +2,73 @@
 
 import io
 import os
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from etils import epath
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from blip3o_jax.data.files import is_remote
+from blip3o_jax.errors import UserError
 
 
-def encode_png(picture: np.ndarray) -> bytes:
-  """uint8 [H, W, 3] -> PNG."""
-  buffer = io.BytesIO()
-  Image.fromarray(np.asarray(picture, np.uint8)).save(buffer, "PNG")
+def encode_png(picture: np.ndarray, facts: Mapping[str, str] | None = None) -> bytes:
+  """uint8 [H, W, 3] -> PNG, `facts` as its text chunks (any reader shows them; Pillow: `Image.open(file).text`)."""
+  buffer, info = io.BytesIO(), PngInfo()
+  for key, value in (facts or {}).items():
+    info.add_itxt(key, value)
+  Image.fromarray(np.asarray(picture, np.uint8)).save(buffer, "PNG", pnginfo=info)
   return buffer.getvalue()
 
 
-def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-  """The file is there whole or not at all; missing folders are made."""
+def square_grid(pictures: Sequence[np.ndarray]) -> np.ndarray:
+  """uint8 [H, W, 3] each -> one picture of rows and columns as equal as can be, without gaps."""
+  columns = int(np.ceil(np.sqrt(len(pictures))))
+  blank = np.zeros_like(pictures[0])
+  filled = [*pictures, *[blank] * (-len(pictures) % columns)]
+  rows = [np.concatenate(filled[i : i + columns], axis=1) for i in range(0, len(filled), columns)]
+  return np.concatenate(rows)
+
+
+def write_atomically(path: str | os.PathLike, content: bytes | Iterable[bytes]) -> None:
+  """The file is there whole or not at all; missing folders are made. Pieces are written one after another."""
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   if is_remote(os.fspath(path)):  # an object appears when it is complete
-    path.write_bytes(content)
+    path.write_bytes(content if isinstance(content, bytes) else b"".join(content))
     return
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  temporary.write_bytes(content)
-  os.replace(temporary, path)
+  # Not by process number: hosts that share a disk may count alike.
+  temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+  try:
+    with open(temporary, "wb") as file:
+      file.writelines([content] if isinstance(content, bytes) else content)
+    os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+def writable_folder(path: str | Path) -> Path:
+  """The folder, made where it is missing. Raises UserError (or OSError) before any work is done for it."""
+  if "gs:/" in str(path) or "s3:/" in str(path):  # one slash: what pathlib leaves of two
+    raise UserError(f"{path}: many small files need a file system; mount the bucket and give the folder")
+  path = Path(path)
+  path.mkdir(parents=True, exist_ok=True)
+  if not os.access(path, os.W_OK):
+    raise UserError(f"{path} cannot be written; give another folder")
+  return path
+
+
+def remove_stale(paths: Iterable[Path]) -> None:
+  """Remove what a killed process left half-written beside `paths`, and nothing else."""
+  folders: dict[Path, list[str]] = {}
+  for path in paths:
+    if path.parent not in folders:
+      found = os.listdir(path.parent) if path.parent.is_dir() else []
+      folders[path.parent] = [name for name in found if name.endswith(".tmp")]
+    for name in folders[path.parent]:
+      if name.startswith(f".{path.name}."):
+        (path.parent / name).unlink(missing_ok=True)

@@ -74,7 +74,7 @@ def _rgb(image: Image.Image) -> Image.Image:
   if image.mode[0] in "IF":
     levels = np.asarray(image)
     if levels.dtype.kind == "f" or levels.min() < 0 or levels.max() > 65535:
-      raise ValueError(f"its levels, of mode {image.mode}, are neither 8 nor 16 bits")
+      raise UserError(f"its levels, of mode {image.mode}, are neither 8 nor 16 bits")
     image = Image.fromarray(np.round(levels / 257).astype(np.uint8))
   if image.has_transparency_data:
     image = image.convert("RGBA")

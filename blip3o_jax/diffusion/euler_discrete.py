@@ -154,7 +154,7 @@ def sample_euler_discrete(
       batch is [B, ...], conditioned only.
     noise: unit normal [B, ...].
     guidance: a Python number, since it decides the shape of the batch.
-    solver: "euler", or "dpm++", of second order for as many evaluations (`solvers.multistep_weights`).
+    solver: "euler", or "adams_bashforth", of second order for as many evaluations (solvers.py).
     interval: the times, as shares of train_steps, at which there is guidance; at others the batch is [B, ...].
     trajectory: also return every step.
 
@@ -163,12 +163,13 @@ def sample_euler_discrete(
   """
   tables = euler_tables(cfg, steps)
   sigmas = tables.sigmas
-  rows = {"sigma": sigmas[:-1], "next": sigmas[1:], "t": tables.timesteps}
-  if solver != "euler":
-    rows["weight"] = multistep_weights(sigmas, np.ones_like(sigmas), solver)
-  if (guided := guided_steps(tables.timesteps / cfg.train_steps, interval)) is not None:
-    rows["guided"] = guided
-
+  rows = {
+    "sigma": sigmas[:-1],
+    "next": sigmas[1:],
+    "t": tables.timesteps,
+    "weight": multistep_weights(sigmas, solver),
+    "guided": guided_steps(tables.timesteps / cfg.train_steps, interval),
+  }
   predict = guided_call(model_fn, guidance if guidance > 1 else None, null=1)
 
   def step(carry, now):
@@ -176,13 +177,12 @@ def sample_euler_discrete(
     sigma = now["sigma"]
     a = jax.lax.rsqrt(sigma**2 + 1.0)  # sqrt(alpha_bar): the state is x0 + sigma noise, the network wants unit variance
     scaled = x * a
-    out = predict(scaled, now["t"], now.get("guided", True))
+    out = predict(scaled, now["t"], now["guided"])
     noise_now = out if cfg.prediction == "epsilon" else a * out + sigma * a * scaled
-    data = x - sigma * noise_now
     x = x + noise_now * (now["next"] - sigma)
-    if "weight" in now:
-      x = x + now["weight"] * (data - before)
-    return (x, data), (x, out) if trajectory else None
+    if now["weight"] is not None:
+      x = x + now["weight"] * (noise_now - before)
+    return (x, noise_now), (x, out) if trajectory else None
 
   start = noise.astype(jnp.float32) * tables.init_noise_sigma
   (x, _), seen = jax.lax.scan(step, (start, jnp.zeros_like(start)), rows)

@@ -18,14 +18,14 @@ def null_first(condition: jax.Array) -> jax.Array:
 
 
 def guided_call(fn: Callable[..., jax.Array], scale: float | None, *, null: int) -> Callable[..., jax.Array]:
-  """Both branches in one batch: (x [B, ...], t, guided=True) -> float32 [B, ...].
+  """Both branches in one batch: (x [B, ...], t, guided=None) -> float32 [B, ...].
 
   Args:
     fn: (x [2B, ...], t) -> prediction [2B, ...]; half `null` (0 or 1) of the batch is to be unconditioned.
     scale: a Python number, since it decides the shape of the batch; None: the conditioned branch alone, [B, ...].
 
-  `guided` is a bool, perhaps traced; where it is False the conditioned branch runs alone, on a batch [B, ...]: outside
-  the interval of a limited guidance (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+  `guided` is a traced bool, None for always; where it is False the conditioned branch runs alone, on a batch [B, ...]:
+  outside the interval of a limited guidance (Kynkaanniemi et al. 2024, arXiv 2404.07724).
   """
 
   def plain(x, t):
@@ -35,8 +35,8 @@ def guided_call(fn: Callable[..., jax.Array], scale: float | None, *, null: int)
     halves = jnp.split(plain(jnp.concatenate([x, x]), t), 2)
     return guide(halves[null], halves[1 - null], scale)
 
-  def call(x, t, guided=True):
-    if scale is None or guided is True:
+  def call(x, t, guided=None):
+    if scale is None or guided is None:
       return plain(x, t) if scale is None else doubled(x, t)
     return jax.lax.cond(guided, doubled, plain, x, t)
 

@@ -40,34 +40,30 @@ class FlowSample(NamedTuple):
   velocities: jax.Array | None
 
 
-SOLVERS = ("euler", "dpm++")
+SOLVERS = ("euler", "adams_bashforth")
 
 
-def multistep_weights(sigmas: np.ndarray, signal: np.ndarray, solver: str) -> np.ndarray:
-  """What DPM-Solver++(2M) adds to an Euler step: float32 [steps], zeros for "euler".
+def multistep_weights(sigmas: np.ndarray, solver: str) -> np.ndarray | None:
+  """What a step adds to Euler's: h^2 / (2 h before), float32 [steps], the first 0; None for "euler".
 
-    x' = x + (sigma' - sigma) v + weight (data - data before)
+    x' = x + h v + weight (v - v before),   h = sigma' - sigma
 
-  Lu et al. 2022 (arXiv 2211.01095), algorithm 2, where the state is signal data + sigma noise: an Euler step of the
-  velocity (of the noise, where signal is 1) is its first order, and weight = (1 - sigma' / sigma) h / (2 h before) with
-  h the step of log(signal / sigma). The first step has nothing before it, and the last one, to sigma 0, an infinite h:
-  they stay of first order, which the order of the whole does not feel.
+  The two-step Adams-Bashforth method for steps of any size (Hairer, Norsett and Wanner, Solving Ordinary Differential
+  Equations I, III.5): of second order for one evaluation a step. On flows with known paths it beat DPM-Solver++(2M) at
+  most numbers of steps, and is of clean order: log-signal steps are infinite at pure noise.
 
   Args:
-    sigmas: [steps + 1], descending to 0; signal: [steps + 1].
+    sigmas: [steps + 1], the variable in which `v` is the slope.
 
   Raises:
     UserError: another solver than SOLVERS.
   """
   if solver not in SOLVERS:
     raise UserError(f"solver {solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
-  s = np.asarray(sigmas, np.float64)
-  weights = np.zeros(len(s) - 1)
-  if solver == "dpm++" and len(s) > 2:
-    with np.errstate(divide="ignore"):  # pure noise: the log of zero, a first step of infinite h
-      h = np.diff(np.log(np.asarray(signal, np.float64)[:-1] / s[:-1]))
-    weights[1:-1] = (1 - s[2:-1] / s[1:-2]) * 0.5 * h[1:] / h[:-1]
-  return weights.astype(np.float32)
+  if solver == "euler":
+    return None
+  h = np.diff(np.asarray(sigmas, np.float64))
+  return np.append(0.0, h[1:] ** 2 / (2 * h[:-1])).astype(np.float32)
 
 
 def sample_flow(
@@ -94,31 +90,30 @@ def sample_flow(
     n: the time that stands for pure noise.
     truncate_times: give the network whole times, 1000, 966, 933, ..., as the release does; the steps themselves use
       the exact sigmas.
-    solver: "euler" as in the release, or "dpm++", of second order for as many evaluations (`multistep_weights`).
+    solver: "euler" as in the release, or "adams_bashforth", of second order for as many evaluations.
     interval: the sigmas at which there is guidance; at others the conditioned branch runs alone (`guided_velocity`).
     trajectory: also return every step.
 
   Returns:
     FlowSample; the state is float32 throughout, whatever the network computes in.
   """
-  schedule = flow_euler_schedule(steps, shift, n=n)
-  times = np.trunc(schedule.times) if truncate_times else schedule.times
+  sigmas, times = flow_euler_schedule(steps, shift, n=n)
   velocity = guided_velocity(velocity_fn, guidance)
-  sigmas = schedule.sigmas
-  rows = {"sigma": sigmas[:-1], "next": sigmas[1:], "t": times}
-  if solver != "euler":
-    rows["weight"] = multistep_weights(sigmas, 1 - sigmas, solver)
-  if (guided := guided_steps(sigmas[:-1], interval)) is not None:
-    rows["guided"] = guided
+  rows = {
+    "sigma": sigmas[:-1],
+    "next": sigmas[1:],
+    "t": np.trunc(times) if truncate_times else times,
+    "weight": multistep_weights(sigmas, solver),
+    "guided": guided_steps(sigmas[:-1], interval),
+  }
 
   def step(carry, now):
     x, before = carry
-    v = velocity(x, now["t"], now.get("guided", True))
-    data = x - now["sigma"] * v
+    v = velocity(x, now["t"], now["guided"])
     x = x + (now["next"] - now["sigma"]) * v
-    if "weight" in now:
-      x = x + now["weight"] * (data - before)
-    return (x, data), (x, v) if trajectory else None
+    if now["weight"] is not None:
+      x = x + now["weight"] * (v - before)
+    return (x, v), (x, v) if trajectory else None
 
   start = noise.astype(jnp.float32)
   (x, _), seen = jax.lax.scan(step, (start, jnp.zeros_like(start)), rows)

@@ -18,11 +18,13 @@ from blip3o_jax.diffusion.euler_discrete import sample_euler_discrete
 from blip3o_jax.diffusion.guidance import null_first
 from blip3o_jax.diffusion.solvers import SOLVERS, sample_flow
 from blip3o_jax.errors import UserError
-from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.inference.tiling import decode_tiled
+from blip3o_jax.models.blip3o import Blip3o, to_uint8
 from blip3o_jax.models.unet import UNetConfig
 from blip3o_jax.nn.attention import target_platform
 
 DECODER_NULLS = ("generated", "image", "zeros")
+DECODER_SOLVERS = (*SOLVERS, "dpm++")
 _MOST_STEPS, _MOST_GUIDANCE = 1000, 100.0
 
 
@@ -32,13 +34,14 @@ class Sampling:
 
   steps, guidance, shift: of the DiT; shift > 1 takes more steps at high noise (flow_matching.shift_sigma).
   exact_times: give the DiT 1000 sigma itself, not its integer part.
-  solver: of the DiT: "euler", or "dpm++" of second order for as many evaluations; goes well with exact_times.
+  solver: of the DiT: "euler", or "adams_bashforth" of second order, as many evaluations; goes well with exact_times.
   guidance_interval: noise levels, 1 the purest, at which the DiT is guided; elsewhere the null is left out, which saves
   its half of the work.
   decoder_steps, decoder_guidance, decoder_solver, decoder_interval: the same of the decoder; guidance <= 1 leaves the
   null condition out. Sana's "dpm++" is the solver of its release.
   decoder_null: what the decoder's null condition is: "generated" (a picture drawn for " "), "image" (the features of an
   all-zero normalised image, for SigLIP2 of a black one, as in the release's image mode) or "zeros".
+  decoder_tile: side, in latents, of the tiles that the VAE decodes one after another to save memory; 0: all at once.
   form, wording: of the prompt (data.templates).
   """
 
@@ -53,6 +56,7 @@ class Sampling:
   decoder_solver: str = "euler"
   decoder_interval: tuple[float, float] = (0.0, 1.0)
   decoder_null: str = "generated"
+  decoder_tile: int = 0
   form: str = "inference"
   wording: str = "release"
 
@@ -69,7 +73,7 @@ class Sampling:
       if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
         raise UserError(f"{name} is {list(ends)}; give two noise levels, 0 <= low <= high <= 1")
       object.__setattr__(self, name, ends)
-    for name, known in (("solver", SOLVERS), ("decoder_solver", SOLVERS), ("decoder_null", DECODER_NULLS)):
+    for name, known in (("solver", SOLVERS), ("decoder_solver", DECODER_SOLVERS), ("decoder_null", DECODER_NULLS)):
       if getattr(self, name) not in known:
         raise UserError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
 
@@ -91,6 +95,7 @@ class Sampling:
       "guidance": self.decoder_guidance,
       "solver": self.decoder_solver,
       "interval": self.decoder_interval,
+      "tile": self.decoder_tile,
     }
 
 
@@ -158,7 +163,7 @@ def draw_features(
   return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-@functools.partial(jax.jit, static_argnames=("model", "steps", "guidance", "solver", "interval"))
+@functools.partial(jax.jit, static_argnames=("model", "steps", "guidance", "solver", "interval", "tile"))
 def draw_pixels(
   model: Blip3o,
   params,
@@ -170,12 +175,14 @@ def draw_pixels(
   guidance: float,
   solver: str = "euler",
   interval: tuple[float, float] = (0.0, 1.0),
+  tile: int = 0,
 ) -> jax.Array:
   """CLIP features -> pictures, uint8 [B, H, W, 3] (spec 6.3, 6.4; Sana: 7.3).
 
   Args:
     features: [B, N, C]; null: [B, N, C], used if guidance > 1; keys: [B].
-    solver, interval: see euler_discrete.sample_euler_discrete; Sana: solvers.sample_flow.
+    solver, interval: see euler_discrete.sample_euler_discrete; Sana: solvers.sample_flow. tile: see decode_tiled;
+      0: none.
 
   Raises:
     UserError: an interval for Sana's own solver, which guides everywhere.
@@ -202,10 +209,11 @@ def draw_pixels(
       raise UserError('decoder_interval does not go with "dpm++" of Sana; take decoder_solver "euler"')
     sample = sample_dpm_solver(predict, noise, cfg.decoder_process, **settings)
   elif flow:
-    sample = sample_flow(predict, noise, **settings, truncate_times=False, interval=interval)
+    sample = sample_flow(predict, noise, **settings, truncate_times=False, solver=solver, interval=interval)
   else:
     sample = sample_euler_discrete(predict, noise, cfg.decoder_process, **settings, solver=solver, interval=interval)
-  return call(sample.latents, method="latent_pictures")
+  decode = lambda latents: call(latents, method="latent_images")
+  return to_uint8(decode_tiled(decode, sample.latents, tile) if tile else decode(sample.latents))
 
 
 @functools.partial(jax.jit, static_argnames=("model",))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import os
 import time
@@ -21,7 +22,7 @@ from blip3o_jax.data.tokenizer import Tokenizer, load_tokenizer
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference import image as drawing
 from blip3o_jax.inference import text as talking
-from blip3o_jax.inference.prompts import Dialogue, Picture, Prompts, Row
+from blip3o_jax.inference.prompts import Dialogue, Picture, Prompts, Row, shown
 from blip3o_jax.models.blip3o import BACKBONES, DESIGNS, Blip3o
 from blip3o_jax.porting.locate import open_model
 from blip3o_jax.porting.preprocessor import open_pictures
@@ -207,15 +208,7 @@ class Model:
       UserError: an empty message, a dialogue that ends with the assistant, a picture that cannot be read.
     """
     requests, single = _listed_requests(messages)
-    self._need("backbone")
-    sampling = talking.Sampling(
-      max_new_tokens=max_new_tokens,
-      temperature=temperature,
-      top_k=top_k,
-      top_p=top_p,
-      stop_tokens=(self.tokenizer.end, self.tokenizer.end_of_text),
-      pad_token=self.tokenizer.pad,
-    )
+    sampling = self.talk_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     if single:
       rows = [self.prompts.to_answer(requests[0])]
     else:
@@ -223,11 +216,7 @@ class Model:
     if stream:
       pieces = self._stream(rows, seed, sampling)
       return (row[0] for row in pieces) if single else pieces
-    said = []
-    for part, real in self.batches(list(enumerate(rows)), 4 * self.batch_size):
-      keys = drawing.picture_keys(seed, [i for i, _ in part])
-      *_, answer = self._answers([row for _, row in part], keys, sampling, every=None)
-      said += [text.rstrip() for text in self._texts(answer)][:real]
+    said = self.reply(rows, sampling, seed=seed)
     return said[0] if single else said
 
   def answer(
@@ -237,7 +226,7 @@ class Model:
     picture on a line of its own."""
     if len(images) != len(questions):
       raise UserError(f"{len(images)} pictures for {len(questions)} questions; give one (or None) for each")
-    contents = [q if x is None else [x, f"\n{q}"] for x, q in zip(images, questions, strict=True)]
+    contents = [q if x is None else [shown(x), f"\n{q}"] for x, q in zip(images, questions, strict=True)]
     return self.chat([[{"role": "user", "content": c}] for c in contents], max_new_tokens=max_new_tokens)
 
   # ---- for jobs: one batch at a time
@@ -271,7 +260,7 @@ class Model:
     keys = drawing.picture_keys(seeds, numbers)
     batch = self.prompts.batch(rows, draw=True)
     run = functools.partial(self._run, drawing.draw_features, **sampling.of_features())
-    features = run(batch.tokens, batch.mask, batch.positions, keys, vision=batch.vision)
+    features = run(batch.tokens, batch.mask, batch.positions, keys, 0, vision=batch.vision)
     if self.model.cfg.design == "vae_flow":
       return self._run(drawing.draw_latents, features)
     if sampling.decoder_guidance <= 1 or sampling.decoder_null == "zeros":
@@ -285,9 +274,33 @@ class Model:
       null = run(batch.tokens, batch.mask, batch.positions, keys, 1, vision=batch.vision)
     return self._decode(features, null, keys, sampling)
 
+  def talk_settings(self, **settings) -> talking.Sampling:
+    """Settings of `reply`: those of text.Sampling, with the model's own stop tokens."""
+    self._need("backbone")
+    stop = (self.tokenizer.end, self.tokenizer.end_of_text)
+    return talking.Sampling(stop_tokens=stop, pad_token=self.tokenizer.pad, **settings)
+
+  def reply(
+    self, rows: Sequence[Row], sampling: talking.Sampling, *, seed: int = 0, size: int | None = None
+  ) -> list[str]:
+    """Answers to rows of `prompts.to_answer`, `size` at once."""
+    said = []
+    for part, real in self.batches(list(enumerate(rows)), size or 4 * self.batch_size):
+      keys = drawing.picture_keys(seed, [i for i, _ in part])
+      *_, answer = self._answers([row for _, row in part], keys, sampling, every=None)
+      said += [text.rstrip() for text in self._texts(answer)][:real]
+    return said
+
   def content_hash(self, component: str) -> str:
     """The content hash of a component, as its model directory states it."""
     return open_model(self.name).content_hash(component)
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """16 hexadecimal digits for the content of all parts; weights in the release's layout are read for it."""
+    source = open_model(self.name)
+    hashes = "".join(source.content_hash(name) for name in sorted(self.params))
+    return hashlib.sha256(hashes.encode()).hexdigest()[:16]
 
   # ---- inside
 
@@ -369,7 +382,7 @@ class Model:
 def edit_request(picture: Picture, instruction: str = "") -> Dialogue:
   """The message of an edit; without an instruction, of a reconstruction (spec 4.4)."""
   words = f"\n{instruction}" if instruction.strip() else RECONSTRUCT.removeprefix("<image>")
-  return [{"role": "user", "content": [picture, words]}]
+  return [{"role": "user", "content": [shown(picture), words]}]
 
 
 def replaced(sampling: drawing.Sampling, changes: Mapping[str, Any]) -> drawing.Sampling:

@@ -52,6 +52,11 @@ def bucket(length: int) -> int:
   return -(-length // step) * step
 
 
+def shown(picture: Picture) -> Message:
+  """A picture as part of a message; bare, a path in a string would be taken for a text."""
+  return {"type": "image", "image": picture}
+
+
 class Prompts:
   """Makes rows for one model, and batches of rows."""
 
@@ -123,7 +128,7 @@ def _read(request: Dialogue) -> tuple[list[tuple[str, str]], list[list[Image.Ima
     marked = [isinstance(part, Mapping) and part.get("type") == "image" for part in content]
     is_text = [isinstance(part, str) and not image for part, image in zip(parts, marked, strict=True)]
     text = "".join(part if told else "<image>" for part, told in zip(parts, is_text, strict=True))
-    if not text.strip():
+    if one["role"] == "user" and not text.strip():
       raise UserError(f"message {i} is empty; say something")
     messages.append((one["role"], text))
     pictures.append([transforms.open_picture(p) for p, told in zip(parts, is_text, strict=True) if not told])

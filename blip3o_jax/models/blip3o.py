@@ -90,6 +90,11 @@ class Blip3oConfig:
       raise UserError(f"model.design {self.design!r} is unknown; choose one of {', '.join(DESIGNS)}")
 
 
+def to_uint8(images: jax.Array) -> jax.Array:
+  """Images in -1..1 -> uint8, clamped."""
+  return jnp.round(jnp.clip(images / 2 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+
+
 class LatentQueries(nn.Module):
   """The learnable queries [Q, D], N(0, 1) at first (spec 2.7)."""
 
@@ -263,8 +268,11 @@ class Blip3o(nn.Module):
 
   def latent_pictures(self, latents: jax.Array) -> jax.Array:
     """The inverse: [B, h, w, c] as a diffusion model draws them -> uint8 [B, H, W, 3] (spec 6.4)."""
-    images = self.vae.decode(latents / self.cfg.vae.scaling_factor + self.cfg.vae.shift).astype(jnp.float32)
-    return jnp.round(jnp.clip(images / 2 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+    return to_uint8(self.latent_images(latents))
+
+  def latent_images(self, latents: jax.Array) -> jax.Array:
+    """The same, not yet rounded: float32 [B, H, W, 3], about -1..1."""
+    return self.vae.decode(latents / self.cfg.vae.scaling_factor + self.cfg.vae.shift).astype(jnp.float32)
 
   # ---- parameters
 

@@ -113,3 +113,53 @@ def test_errors():
     transforms.decode(b"no picture", "x.jpg")
   with pytest.raises(UserError, match="resize mode"):
     transforms.square(gradient(8, 8), 4, "stretch")
+
+
+# ---- what people hand over as a picture
+
+
+def opened(image, **options):
+  buffer = io.BytesIO()
+  image.save(buffer, options.pop("format", "PNG"), **options)
+  return np.asarray(transforms.open_picture(buffer, "x"))
+
+
+def test_every_kind_of_picture_becomes_rgb():
+  red = Image.new("RGB", (6, 4), (200, 30, 20))
+  want = np.asarray(red)
+  assert np.array_equal(opened(red.quantize(4)), want)  # palette
+  assert np.abs(opened(red.convert("CMYK"), format="TIFF").astype(int) - want).max() <= 2
+  deep = Image.fromarray(
+    np.full((4, 6), 128 * 257, np.uint16)
+  )  # 16 bits of gray: Pillow's own conversion clips to white
+  assert (opened(deep) == 128).all()
+  clear = Image.new("RGBA", (6, 4), (200, 30, 20, 0))
+  clear.putpixel((1, 1), (200, 30, 20, 255))
+  assert opened(clear)[1, 1].tolist() == [200, 30, 20] and (opened(clear)[0] == 255).all()  # transparent shows white
+  assert np.array_equal(opened(red, format="GIF", save_all=True, append_images=[Image.new("RGB", (6, 4))]), want)
+  turned = Image.Exif()
+  turned[0x0112] = 6  # a camera held upright
+  assert opened(red, exif=turned).shape == (6, 4, 3)
+  assert opened(Image.new("L", (6, 4), 7)).tolist() == np.full((4, 6, 3), 7).tolist()
+
+
+def test_pictures_that_cannot_be_read_are_told(tmp_path):
+  def png(width, height, data):
+    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+  cases = [
+    (png(20000, 20000, b""), "x: more than 89 million pixels; shrink it first"),
+    (png(40, 40, b"broken"), "x: not a readable image"),
+    (b"", "x: not an image"),
+    (b"<html>not found</html>", "x: not an image"),
+  ]
+  for content, words in cases:
+    with pytest.raises(UserError, match=words) as error:
+      transforms.open_picture(io.BytesIO(content), "x")
+    assert "\n" not in str(error.value)
+  with pytest.raises(UserError, match="mode F, are neither 8 nor 16 bits"):
+    transforms.open_picture(Image.fromarray(np.full((4, 6), 0.5, np.float32)))
+  with pytest.raises(UserError, match="a picture is a dict; give an image"):
+    transforms.open_picture({})

@@ -1,6 +1,7 @@
 """The public class over a real model directory: written to disk, loaded, and asked for everything it does."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -8,8 +9,7 @@ from helpers import relative_error
 from PIL import Image
 
 import blip3o_jax
-from blip3o_jax.data import shapes_corpus, templates
-from blip3o_jax.data.tokenizer import train_tokenizer
+from blip3o_jax.data import templates
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference import image as drawing
 from blip3o_jax.inference.model import Model
@@ -24,17 +24,8 @@ PROMPTS = ["a red circle", "two circles"]
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-  out = tmp_path_factory.mktemp("model")
-  train_tokenizer(shapes_corpus.tokenizer_texts(), shapes_corpus.VOCABULARY).save(out / "tokenizer")
-  return model_dir.write(
-    out / "tiny",
-    preset="micro",
-    overrides=tiny.OVERRIDES,
-    params=tiny.params(),
-    tokenizer_dir=out / "tokenizer",
-    sampling=QUICK,
-  )
+def directory(tiny_directory):
+  return tiny_directory
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +95,7 @@ def test_batches(model):
 
 def test_the_null_of_the_decoder(model, monkeypatch):
   """A picture drawn for one space without a template (spec 6.5), the features of a blank picture, or zeros."""
-  seen, pictures = [], np.zeros((2, 16, 16, 3), np.uint8)
+  seen, pictures = [], jnp.zeros((2, 16, 16, 3), jnp.uint8)
   monkeypatch.setattr(Model, "_decode", lambda self, *args: seen.append([np.asarray(x) for x in args[:2]]) or pictures)
   for kind in drawing.DECODER_NULLS:
     model.generate(PROMPTS[0], num=2, seed=3, decoder_null=kind)

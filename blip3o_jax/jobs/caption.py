@@ -1,0 +1,130 @@
+"""`blip3o data caption`: captions of pictures by the model's own chat, as the paper had its pretraining data captioned
+by its own backbone (spec 11.2): about 120 tokens of the long style, about 20 of the short.
+
+Writes tar shards that pretraining reads, OUT/shards/000012.tar with KEY.jpg and KEY.txt: the pictures are the very
+bytes that came in. Sharded over processes and resumable by shard (jobs.parts).
+"""
+
+import functools
+import io
+import os
+import sys
+import tarfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+
+from blip3o_jax.data import transforms
+from blip3o_jax.data.outputs import remove_stale, writable_folder, write_atomically
+from blip3o_jax.data.sources import open_source
+from blip3o_jax.errors import UserError
+from blip3o_jax.inference.model import Model, load
+from blip3o_jax.inference.prompts import Row
+from blip3o_jax.jobs.generate import local_mesh
+from blip3o_jax.jobs.parts import Parts, Progress, closing
+
+STYLES = {  # what is asked, and the tokens that an answer may have
+  "long": ("Provide a detailed description of the given image.", 256),  # the release's own words (spec part 8)
+  "short": ("Describe the given image in one short sentence.", 48),
+}
+_SHARD = 1024  # pictures of a shard, which is what a kill can cost
+
+
+def run(
+  model_name: str | Path,
+  data: str | Path,
+  out: str | Path,
+  *,
+  style: str = "long",
+  prompt: str | None = None,
+  batch_size: int | None = None,
+  fsdp: int = 1,
+  compile_cache: str | Path | None = None,
+) -> str:
+  """Caption every picture of a source; returns a line that says where.
+
+  Args:
+    data: whatever data.sources.open_source takes; captions that it has are not looked at.
+    style: of STYLES. prompt: ask this instead. fsdp: devices over which the weights are cut.
+
+  Raises:
+    UserError: unknown style, or `out` holds another job; at the end, if some pictures could not be captioned.
+  """
+  if style not in STYLES:
+    raise UserError(f"style {style!r} is unknown; choose one of {', '.join(STYLES)}")
+  source, out = open_source(data), writable_folder(out)
+  model = load(model_name, mesh=local_mesh(fsdp), compile_cache=compile_cache)
+  words, tokens = STYLES[style]
+  asked = prompt or words
+  facts = {"data": os.fspath(data), "model": model.digest, "prompt": asked, "max_new_tokens": tokens}
+  parts = Parts(out, len(source), facts, largest=_SHARD)
+  _caption_all(model, source, parts, asked, model.talk_settings(max_new_tokens=tokens), batch_size or model.batch_size)
+  return closing(parts, "pictures")
+
+
+def _caption_all(model: Model, source, parts: Parts, asked: str, sampling, size: int) -> None:
+  todo = parts.unfinished()
+  progress = Progress(sum(map(len, todo)), "pictures")
+  batches = [(part, part[i : i + size]) for part in todo for i in range(0, len(part), size)]
+  read = functools.partial(_read, model, source, asked)
+  records, members = [], []
+  with ThreadPoolExecutor(1, "read") as reader:  # the next batch is read while this one is captioned
+    ahead = [reader.submit(read, inputs) for _, inputs in batches[:1]]
+    for i, (part, inputs) in enumerate(batches):
+      samples, bad = ahead.pop().result()
+      ahead += [reader.submit(read, later) for _, later in batches[i + 1 : i + 2]]
+      captions = model.reply([row for *_, row in samples], sampling, size=size)
+      path = parts.out / "shards" / f"{part.start // parts.size:06d}.tar"
+      records += bad
+      for (index, content, _), caption in zip(samples, captions, strict=True):
+        if not caption:
+          records.append(_told(index, f"picture {index} was given no words"))
+          continue
+        key = f"{index:09d}"
+        members += [(f"{key}.{_extension(content)}", content), (f"{key}.txt", caption.encode())]
+        records.append({"row": index, "file": path.name, "key": key, "caption": caption})
+      progress.add(len(inputs))
+      if inputs[-1] == part[-1]:
+        remove_stale([path])
+        if members:
+          write_atomically(path, _tar(members))
+        parts.finish(part, sorted(records, key=lambda record: record["row"]))
+        records, members = [], []
+
+
+def _read(model: Model, source, asked: str, inputs: range) -> tuple[list[tuple[int, bytes, Row]], list[dict]]:
+  """(number, bytes, row to answer) of the pictures that can be read, and records of those that cannot."""
+  samples, bad = [], []
+  for index in inputs:
+    try:
+      record = source[index]
+      if record["image"] is None:
+        raise UserError(f"{record['name']} has no picture")
+      picture = transforms.decode(record["image"], record["name"])
+      row = model.prompts.to_answer([{"role": "user", "content": [picture, asked]}])
+      samples.append((index, record["image"], row))
+    except UserError as error:
+      bad.append(_told(index, str(error)))
+  return samples, bad
+
+
+def _extension(content: bytes) -> str:
+  """One that tar sources know; decoders look at the content."""
+  return {"PNG": "png", "WEBP": "webp"}.get(Image.open(io.BytesIO(content)).format, "jpg")
+
+
+def _tar(members: Iterable[tuple[str, bytes]]) -> bytes:
+  buffer = io.BytesIO()
+  with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    for name, content in members:
+      info = tarfile.TarInfo(name)
+      info.size = len(content)
+      tar.addfile(info, io.BytesIO(content))
+  return buffer.getvalue()
+
+
+def _told(index: int, error: str) -> dict:
+  print(f"blip3o: {error}", file=sys.stderr, flush=True)
+  return {"row": index, "error": error}

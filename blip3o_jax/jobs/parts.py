@@ -1,0 +1,127 @@
+"""What all jobs share: the inputs are cut into parts, every process takes its own, and a part that is finished says so.
+
+  OUT/job.json          what the job is: another job may not go on with it
+  OUT/parts/000012.jsonl   the records of a finished part, there whole or not at all
+  OUT/manifest.jsonl    the records of all parts, once all are finished
+
+Which parts there are depends on the inputs alone, so a job may go on with any number of processes or devices. A process
+needs no word from the others: one that dies holds up nobody, and its parts are left for the next start.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from blip3o_jax.data.outputs import write_atomically
+from blip3o_jax.errors import UserError
+
+
+class Parts:
+  """The parts of one job.
+
+  Attributes:
+    out: its folder; count: of parts; size: inputs of a part.
+  """
+
+  def __init__(self, out: str | Path, inputs: int, facts: Mapping[str, Any], *, largest: int = 256):
+    """`facts`: JSON that says what is made of what; `largest`: inputs of a part at most.
+
+    Raises:
+      UserError: `out` holds another job.
+    """
+    self.out = Path(out)
+    # Some 256 parts at least, so that as many processes have work, but of few inputs, so that little is done again.
+    self.size = min(max(1, inputs // 256), largest)
+    self.count, self.inputs = -(-inputs // self.size), inputs
+    facts = json.loads(json.dumps({**facts, "inputs": inputs}))
+    stored = self.out / "job.json"
+    if stored.exists():
+      before = json.loads(stored.read_text())
+      if changed := [key for key in facts if before.get(key) != facts[key]]:
+        key = changed[0]
+        raise UserError(
+          f"{self.out} holds another job: its {key} was {before.get(key)!r:.200}, now it is {facts[key]!r:.200}; "
+          "give another folder"
+        )
+    write_atomically(stored, (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
+
+  def unfinished(self) -> list[range]:
+    """The inputs of each part of this process that is not finished."""
+    mine = range(jax.process_index(), self.count, jax.process_count())
+    return [range(p * self.size, min((p + 1) * self.size, self.inputs)) for p in mine if not self._file(p).exists()]
+
+  def finish(self, inputs: range, records: Sequence[Mapping[str, Any]]) -> None:
+    """Say that a part is done, after everything that its records name has been written."""
+    write_atomically(self._file(inputs.start // self.size), map(_line, records))
+
+  def merge(self) -> list[dict] | None:
+    """OUT/manifest.jsonl, if every part of every process is finished; returns the records that tell an error."""
+    files = [self._file(part) for part in range(self.count)]
+    if not all(file.exists() for file in files):
+      return None
+    errors = []
+
+    def lines():
+      for file in files:
+        for line in file.read_bytes().splitlines(keepends=True):
+          if b'"error"' in line and "error" in (record := json.loads(line)):
+            errors.append(record)
+          yield line
+
+    write_atomically(self.out / "manifest.jsonl", lines())
+    return errors
+
+  def _file(self, part: int) -> Path:
+    return self.out / "parts" / f"{part:06d}.jsonl"
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+  return (json.dumps(record, ensure_ascii=False) + "\n").encode()
+
+
+class Progress:
+  """A line every few seconds: how far, how fast, how long still."""
+
+  def __init__(self, total: int, what: str, every: float = 10.0):
+    self.total, self.what, self.every = total, what, every
+    self.done, self.start = 0, time.monotonic()
+    self._told = self.start
+
+  def add(self, n: int = 1) -> None:
+    """`n` more are done."""
+    self.done += n
+    if time.monotonic() - self._told >= self.every or self.done == self.total:
+      self._told = time.monotonic()
+      print(self.line(), file=sys.stderr, flush=True)
+
+  def line(self) -> str:
+    """As it is printed; with several processes, the share of this one."""
+    seconds = max(time.monotonic() - self.start, 1e-9)
+    rate = self.done / seconds
+    left = f", {_duration((self.total - self.done) / rate)} left" if 0 < self.done < self.total else ""
+    who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+    return f"{who}{self.done} of {self.total} {self.what}, {rate:.3g} a second{left}"
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def closing(parts: Parts, what: str) -> str:
+  """Merge, and sum up in a line. Raises UserError if some inputs could not be used: the others are done."""
+  errors = parts.merge()
+  if errors is None:
+    return f"this process is done; other processes still work on {parts.out}"
+  if errors:
+    raise UserError(
+      f"{len(errors)} of {parts.inputs} {what} could not be used, the others are done; "
+      f"grep '\"error\"' {parts.out / 'manifest.jsonl'} lists them"
+    )
+  return f"{parts.out / 'manifest.jsonl'}"

@@ -1,0 +1,65 @@
+"""Parts of a job: which there are, whose they are, and when they are finished."""
+
+import json
+
+import pytest
+
+from blip3o_jax.errors import UserError
+from blip3o_jax.jobs.parts import Parts, Progress, closing
+
+FACTS = {"prompts": "abc", "num": 2}
+
+
+def test_parts_depend_on_the_inputs_alone(tmp_path, monkeypatch):
+  sizes = {1: (1, 1), 255: (255, 1), 553: (277, 2), 5000: (264, 19), 1_000_000: (3907, 256)}
+  for inputs, (count, size) in sizes.items():
+    parts = Parts(tmp_path / str(inputs), inputs, FACTS)
+    assert (parts.count, parts.size) == (count, size)
+  everything = []
+  for process in range(3):
+    monkeypatch.setattr("jax.process_index", lambda p=process: p)
+    monkeypatch.setattr("jax.process_count", lambda: 3)
+    mine = Parts(tmp_path / "553", 553, FACTS).unfinished()
+    assert len(mine) in (92, 93)
+    everything += [i for part in mine for i in part]
+  assert sorted(everything) == list(range(553))
+
+
+def test_a_finished_part_is_not_taken_again(tmp_path):
+  parts = Parts(tmp_path, 512, FACTS)
+  first, second = parts.unfinished()[:2]
+  assert (list(first), list(second)) == ([0, 1], [2, 3])
+  parts.finish(second, [{"row": 2}, {"row": 3, "error": "no"}])
+  assert Parts(tmp_path, 512, FACTS).unfinished()[:2] == [first, range(4, 6)]
+  assert parts.merge() is None and not (tmp_path / "manifest.jsonl").exists()
+  assert "other processes still work" in closing(parts, "rows")
+  for part in parts.unfinished():
+    parts.finish(part, [{"row": i} for i in part])
+  with pytest.raises(UserError, match="1 of 512 rows could not be used, the others are done"):
+    closing(parts, "rows")
+  rows = [json.loads(line)["row"] for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+  assert rows == list(range(512))
+
+
+def test_another_job_is_refused(tmp_path):
+  Parts(tmp_path, 5, FACTS)
+  Parts(tmp_path, 5, FACTS)
+  for inputs, facts, words in [(5, {"num": 3}, "its num was 2, now it is 3"), (6, {}, "its inputs was 5, now it is 6")]:
+    with pytest.raises(UserError, match=words):
+      Parts(tmp_path, inputs, FACTS | facts)
+  assert json.loads((tmp_path / "job.json").read_text()) == FACTS | {"inputs": 5}
+
+
+def test_progress(monkeypatch, capsys):
+  now = [100.0]
+  monkeypatch.setattr("time.monotonic", lambda: now[0])
+  progress = Progress(1000, "pictures")
+  now[0] += 5
+  progress.add(10)
+  assert capsys.readouterr().err == ""  # not every moment
+  now[0] += 15
+  progress.add(30)
+  assert capsys.readouterr().err == "40 of 1000 pictures, 2 a second, 8 min 0 s left\n"
+  now[0] += 1
+  progress.add(960)
+  assert capsys.readouterr().err == "1000 of 1000 pictures, 47.6 a second\n"
