@@ -14,14 +14,14 @@ from blip3o_jax import __version__
 from blip3o_jax.data.outputs import write_atomically
 
 
-def in_turn(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:
-  """Seconds of each call, in the order A B A B ..., so that a machine that slows down slows both.
+def in_turn(rounds: int, *calls: Callable[[], Any]) -> list[list[float]]:
+  """Seconds of each call, in the order A B C A B C ..., so that a machine that slows down slows all.
 
   Each call must return arrays of all that it computes; it has ended when they are there. Warm up and compile before.
   """
-  seconds: tuple[list[float], list[float]] = ([], [])
+  seconds: list[list[float]] = [[] for _ in calls]
   for _ in range(rounds):
-    for call, kept in zip((first, second), seconds, strict=True):
+    for call, kept in zip(calls, seconds, strict=True):
       start = time.perf_counter()
       jax.block_until_ready(call())
       kept.append(time.perf_counter() - start)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from blip3o_jax.types import Params
 Encoder = Callable[[np.ndarray], jax.Array]  # uint8 [B, S, S, 3] -> [B, N, C]
 
 _SAY_EVERY = 10.0  # seconds
+_print = functools.partial(print, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +63,16 @@ def make_encoder(config: Blip3oConfig, params: Params, mesh: Mesh, batch_size: i
 
 
 def write_shards(
-  shards: Sequence[tuple[Path, range]], squares: Any, encode: Encoder, *, batch_size: int, threads: int
+  shards: Sequence[tuple[Path, range]],
+  squares: Any,
+  encode: Encoder,
+  *,
+  batch_size: int,
+  threads: int,
+  say: Callable[[str], None] = _print,
 ) -> Report:
   """Encode and write (file, indices of its samples), one after the other; `squares` has all their samples in order."""
-  progress = _Progress(len(squares))
+  progress = _Progress(len(squares), say)
   samples = grain.MapDataset.source(squares).to_iter_dataset(grain.ReadOptions(threads, 2 * batch_size))
   records = progress.count(_encoded(iter(samples.batch(batch_size, batch_fn=list)), encode, batch_size))
   for path, rows in shards:
@@ -127,8 +135,8 @@ def _encoded(batches: Iterable[list[Square]], encode: Encoder, batch_size: int) 
 class _Progress:
   """Counts records and says now and then how far it is."""
 
-  def __init__(self, total: int):
-    self.total, self.done, self.bad = total, 0, 0
+  def __init__(self, total: int, say: Callable[[str], None]):
+    self.total, self.done, self.bad, self.say = total, 0, 0, say
     self.start = self._said = time.monotonic()
 
   def count(self, records: Iterable[tuple[bytes, str]]) -> Iterator[bytes]:
@@ -137,11 +145,11 @@ class _Progress:
       if error:
         self.bad += 1
         if self.bad <= 10:
-          print(f"bad: {error}", flush=True)
+          self.say(f"bad: {error}")
       now = time.monotonic()
       if now - self._said > _SAY_EVERY or self.done == self.total:
         self._said, rate = now, self.done / (now - self.start)
         left = datetime.timedelta(seconds=round((self.total - self.done) / rate))
         bad = f", {self.bad} bad" if self.bad else ""
-        print(f"{self.done}/{self.total} pictures  {rate:.1f} pictures/s  ETA {left}{bad}", flush=True)
+        print(f"{self.done}/{self.total} pictures  {rate:.1f} pictures/s  ETA {left}{bad}")
       yield record

@@ -46,5 +46,5 @@ def test_sizes_keep_the_proportions_of_the_release():
 
 def test_in_turn():
   order = []
-  first, second = benchmarks.in_turn(lambda: order.append("a"), lambda: order.append("b"), 3)
-  assert order == ["a", "b"] * 3 and len(first) == len(second) == 3
+  seconds = benchmarks.in_turn(3, lambda: order.append("a"), lambda: order.append("b"), lambda: order.append("c"))
+  assert order == ["a", "b", "c"] * 3 and [len(one) for one in seconds] == [3, 3, 3]
