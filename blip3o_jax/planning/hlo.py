@@ -129,23 +129,32 @@ def _groups(line: str) -> np.ndarray:
   if hit := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
     pairs = [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)", hit[0])]
     return np.asarray(next((pair for pair in pairs if pair[0] != pair[1]), [0]))
-  if hit := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-    return _named_groups(hit[1], hit[2])
+  if hit := re.search(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line
+  ):
+    return _named_groups(hit[1], hit[4], _iota(hit[2], hit[3]) if hit[2] else None)
   if hit := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-    shape, source = ([int(n) for n in part.split(",")] for part in hit.groups()[:2])
-    ids = np.arange(math.prod(source)).reshape(source)
-    if hit[3]:
-      ids = ids.transpose([int(n) for n in hit[3].split(",")])
-    return ids.reshape(shape)[0]
+    return _iota(hit[2], hit[3]).reshape([int(n) for n in hit[1].split(",")])[0]
   if hit := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
     return np.asarray([int(n) for n in hit[1].split(",")])
   raise ValueError(f"the groups of this collective are written in an unknown way: {line.strip()[:300]}")
 
 
-def _named_groups(sizes: str, axes: str) -> np.ndarray:
-  """Groups written as axes of a mesh: 'a'=2,'b'=4 and {'b'}; 'b':(2)2 is the part of b of size 2 inside 2 blocks."""
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+  """Devices counted off along axes of these sizes, which are then put in that order: "4,2" and "1,0"."""
+  sizes = [int(n) for n in sizes.split(",")]
+  ids = np.arange(math.prod(sizes)).reshape(sizes)
+  return ids.transpose([int(n) for n in order.split(",")]) if order else ids
+
+
+def _named_groups(sizes: str, axes: str, devices: np.ndarray | None) -> np.ndarray:
+  """Groups written as axes of a mesh: 'a'=2,'b'=4 and {'b'}; 'b':(2)2 is the part of b of size 2 inside 2 blocks.
+
+  devices: those of the mesh; None: counted off.
+  """
   shape = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
-  ids = np.arange(math.prod(shape.values())).reshape(list(shape.values()))
+  ids = np.arange(math.prod(shape.values())) if devices is None else devices
+  ids = ids.reshape(list(shape.values()))
   index: list[np.ndarray] = [np.asarray([0])] * len(shape)
   for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
     at, size = list(shape).index(name), shape[name]

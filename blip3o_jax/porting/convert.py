@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.porting.safetensors_io import Spec, Stored, pieces, spec, stream, tell
+from blip3o_jax.sharding.distributed import whole
 from blip3o_jax.types import Params
 
 _HOLE = re.compile(r"\{(\w+|\*)\}")
@@ -466,11 +466,5 @@ def _by_key(outputs: Iterable[_Output]) -> list[_Output]:
 
 def _stream(leaves: Mapping[str, Any], outputs: Sequence[_Output], dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
   for out in outputs:
-    parts = [to_reference_array(out.rule.transform, _on_host(leaves[path][out.index])) for path in out.paths]
+    parts = [to_reference_array(out.rule.transform, whole(leaves[path][out.index])) for path in out.paths]
     yield out.key, cast(parts[0] if len(parts) == 1 else np.concatenate(parts), dtype)
-
-
-def _on_host(x: Any) -> np.ndarray:
-  if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    x = multihost_utils.process_allgather(x, tiled=True)
-  return np.asarray(x)

@@ -70,6 +70,8 @@ def barrier(name: str, timeout_s: float = 600.0) -> None:
     raise UserError(f"not every process reached {name!r} within {timeout_s:.0f} s; look for one that died") from error
 
 
-def whole(x: jax.Array) -> np.ndarray:
+def whole(x: jax.Array | np.ndarray) -> np.ndarray:
   """The whole of an array that may lie on the devices of several processes; all of them call this."""
-  return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    x = multihost_utils.process_allgather(x, tiled=True)
+  return np.asarray(x)

@@ -27,6 +27,7 @@ class Grid:
     ("replica_groups=mesh['a'=2,'b'=2,'c'=4] {'b'}", ("fsdp",)),
     ("replica_groups=mesh['a'=2,'b'=2,'c'=4] {'a','c'}", ("data", "tensor")),
     ("replica_groups=mesh['a'=16] {'a':(2)2}", ("fsdp",)),
+    ("replica_groups=mesh['a'=4,'b'=1,'c'=4], device_ids=([4,4]T(1,0)) {'a'}", ("tensor",)),
     ("source_target_pairs={{0,0},{1,5},{5,1}}", ("fsdp",)),
   ],
 )
