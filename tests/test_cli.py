@@ -99,7 +99,7 @@ def test_train_reads_the_config_and_its_overrides(replace, tmp_path, capsys):
   ((config, workdir, kwargs),) = called
   words = f"blip3o train --config {file} --workdir {tmp_path / 'w'} --config.optimizer.learning_rate=0.5"
   assert kwargs == {"command": words}
-  assert (config.steps, config.optimizer.learning_rate, workdir) == (10, 0.5, tmp_path / "w")
+  assert (config.steps, config.optimizer.learning_rate, workdir) == (10, 0.5, str(tmp_path / "w"))
   assert run("train", "--config", file, "--workdir", "w", "--config.stepz=1") == 2
   assert "did you mean steps" in capsys.readouterr().err and len(called) == 1
   assert run("train", "--config", file, "--workdir", "w", "--profile", "5") == 0 and called[1][0].profile == 5

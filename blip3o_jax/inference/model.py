@@ -105,7 +105,9 @@ class Model:
     """Draw `num` pictures for each prompt: for every prompt a list of uint8 [H, W, 3].
 
     Picture i depends on (prompt, seed, i) and the settings alone, not on what is drawn beside it: its noise to the bit,
-    the rest to the rounding of another batch. The same call gives the same bytes.
+    the rest to the rounding of another batch or mesh. The same call gives the same bytes. Measured with `micro`, eight
+    prompts together against one by one (CPU, 2026-11-22): float32 features differ by 2e-5 of the largest and pixels by
+    at most one level; in bfloat16 features by 4e-2, and 97.5 % of pixels lie within one level, 99.98 % within eight.
 
     Args:
       prompts: captions, or dialogues (inference.prompts) after which a picture is drawn; one of them, or a list.
