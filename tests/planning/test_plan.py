@@ -28,13 +28,9 @@ def one_device():
   return make_mesh({"data": 1}, devices=jax.devices()[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  "name, trainable",
-  [
-    ("v5e:2x2", "dit/,queries/"),
-    pytest.param("v5p:2x2x1", "queries/", marks=pytest.mark.slow),
-    pytest.param("v6e:2x2", "queries/", marks=pytest.mark.slow),
-  ],
+  "name, trainable", [("v5e:2x2", "dit/,queries/"), ("v5p:2x2x1", "queries/"), ("v6e:2x2", "queries/")]
 )
 def test_the_step_compiles_with_the_attention_kernel_on_data_and_tensor(name, trainable, tmp_path, monkeypatch):
   """All that trains, once; the other chips with less, as compiling that takes most of the time."""
