@@ -56,7 +56,9 @@ def tokenizer(corpus):
 
 
 def numbers(loader, steps):
-  return [batch["pixels"][:, 0, 0, 0].tolist() for batch in itertools.islice(loader, steps)]
+  found = [batch["pixels"][:, 0, 0, 0].tolist() for batch in itertools.islice(loader, steps)]
+  loader.close()  # it reads ahead, also what the next lines of a test write anew
+  return found
 
 
 def test_each_epoch_goes_through_all_data_in_a_new_order(numbered):
@@ -94,11 +96,11 @@ def test_worker_processes_change_nothing(numbered):
   for workers, rows in ((1, 6), (2, 6), (3, 6)):
     loader = make_loader(numbered | {"workers": workers, "prefetch": 8}, batch_size=rows, seed=1)
     assert numbers(loader, 12) == whole
-    loader.close()
   assert not multiprocessing.active_children()
 
 
-def test_a_bad_sample_is_replaced_by_the_same_one_everywhere(numbered, tmp_path, caplog):
+def test_a_bad_sample_is_replaced_by_the_same_one_everywhere(numbered, tmp_path, caplog, monkeypatch):
+  monkeypatch.setattr(pipeline, "_warned", 0)
   good = numbers(make_loader(numbered, batch_size=5, seed=1), 4)
   write(tmp_path / "a.tar", [(b"no image" if i == 7 else png(i), "x") for i in range(N)])
   with caplog.at_level(logging.WARNING):
@@ -302,14 +304,14 @@ def test_a_caption_of_ten_thousand_tokens_is_cut_and_counted(tmp_path, tokenizer
   "text, message",
   [(b"\xff\xfe", "not UTF-8"), (b" \n", "an empty caption"), (b"\x00", None), (b"\xf0\x9f\xa6\x8a", None)],
 )
-def test_captions_that_cannot_be_used_are_replaced(tmp_path, tokenizer, text, message, caplog):
+def test_captions_that_cannot_be_used_are_replaced(tmp_path, tokenizer, text, message, caplog, monkeypatch):
   with tarfile.open(tmp_path / "a.tar", "w") as tar:
     for name, content in (("0.png", png(0)), ("0.txt", text), ("1.png", png(1)), ("1.txt", b"a circle")):
       info = tarfile.TarInfo(name)
       info.size = len(content)
       tar.addfile(info, io.BytesIO(content))
   cfg = {"task": "captions", "path": str(tmp_path), "image_size": 8, "max_length": 40}
-  pipeline._warned = 0
+  monkeypatch.setattr(pipeline, "_warned", 0)
   batch = next(make_loader(cfg, batch_size=2, seed=0, tokenizer=tokenizer))
   assert batch["replaced"].sum() == (message is not None)
   assert message is None or message in caplog.text
