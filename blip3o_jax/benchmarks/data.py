@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from blip3o_jax.data import pipeline
+from blip3o_jax.data import pipeline, tars
 from blip3o_jax.data.features import Manifest, pack, write_shard
 from blip3o_jax.data.outputs import write_atomically
 from blip3o_jax.data.tokenizer import load_tokenizer
@@ -69,16 +68,12 @@ def run(
 
 def _render(folder: Path, count: int) -> list[Path]:
   """JPEGs of varied content, as files and as one tar of the pretraining layout."""
-  files = []
-  with tarfile.open(folder / "pictures.tar", "w") as tar:
-    for i in range(count):
-      content = picture(i)
-      files.append(folder / f"{i:05d}.jpg")
-      files[-1].write_bytes(content)
-      for name, data in ((f"{i:05d}.jpg", content), (f"{i:05d}.txt", b"a picture")):
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        tar.addfile(info, io.BytesIO(data))
+  files, members = [folder / f"{i:05d}.jpg" for i in range(count)], []
+  for i, file in enumerate(files):
+    content = picture(i)
+    file.write_bytes(content)
+    members += [(file.name, content), (f"{file.stem}.txt", b"a picture")]
+  tars.write(folder / "pictures.tar", members)
   return files
 
 

@@ -21,7 +21,6 @@ not been run so far.
 import functools
 import io
 import itertools
-import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from blip3o_jax import benchmarks
-from blip3o_jax.data import features, pipeline
+from blip3o_jax.data import features, pipeline, tars
 from blip3o_jax.data.features import Manifest
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -202,18 +201,15 @@ def _write_pictures(folder: Path, count: int, size: int) -> None:
   """A shard of JPEGs and captions, always the same."""
   rng = np.random.default_rng(0)
   words = "a red green blue circle square triangle left right above below of and on the gray background".split()
-  folder.mkdir()
-  with tarfile.open(folder / "000.tar", "w") as tar:
-    for i in range(count):
-      coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
-      picture = io.BytesIO()
-      coarse.resize((size + 64, size), Image.Resampling.BICUBIC).save(picture, "JPEG", quality=90)
-      length = max(5, round(rng.normal(20, 4) if rng.random() < 5 / 36 else rng.normal(120, 25)))
-      caption = " ".join(rng.choice(words, length))
-      for end, content in (("jpg", picture.getvalue()), ("txt", caption.encode())):
-        info = tarfile.TarInfo(f"{i:06d}.{end}")
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
+  members = []
+  for i in range(count):
+    coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    picture = io.BytesIO()
+    coarse.resize((size + 64, size), Image.Resampling.BICUBIC).save(picture, "JPEG", quality=90)
+    length = max(5, round(rng.normal(20, 4) if rng.random() < 5 / 36 else rng.normal(120, 25)))
+    caption = " ".join(rng.choice(words, length))
+    members += [(f"{i:06d}.jpg", picture.getvalue()), (f"{i:06d}.txt", caption.encode())]
+  tars.write(folder / "000.tar", members)
 
 
 class _Caching:

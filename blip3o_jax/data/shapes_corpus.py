@@ -17,14 +17,13 @@ import json
 import os
 import random
 import shutil
-import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from blip3o_jax.data import shapes, shapes_questions, templates
+from blip3o_jax.data import shapes, shapes_questions, tars, templates
 from blip3o_jax.data.tokenizer import QWEN, train_tokenizer
 from blip3o_jax.errors import UserError
 
@@ -69,7 +68,8 @@ def make_shapes(
       ("instruct", instruct, _family_in_turn),
     ]:
       if count:
-        _write_shards(temporary / name, (sample(_rng(seed, name, i), i) for i in range(count)), shard_size)
+        make = lambda i, name=name, sample=sample: sample(_rng(seed, name, i), i)
+        _write_shards(temporary / name, make, count, shard_size)
     if understanding or text_only or held_out:
       _write_understanding(temporary / "understanding", seed, understanding, text_only, held_out)
     train_tokenizer(tokenizer_texts(), VOCABULARY).save(temporary / "tokenizer")
@@ -113,21 +113,15 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
   return buffer.getvalue()
 
 
-def _write_shards(folder: Path, samples: Iterable[tuple[shapes.Scene, str]], shard_size: int) -> None:
-  """Uncompressed tars of `shard_size` samples; headers hold no time or owner, so equal corpora are equal bytes."""
-  folder.mkdir()
-  tar = None
-  for i, (scene, caption) in enumerate(samples):
-    if i % shard_size == 0:
-      if tar:
-        tar.close()
-      tar = tarfile.open(folder / f"{i // shard_size:06d}.tar", "w", format=tarfile.USTAR_FORMAT)
-    for extension, content in (("jpg", encode_jpeg(shapes.render(scene))), ("txt", caption.encode())):
-      info = tarfile.TarInfo(f"{i:06d}.{extension}")
-      info.size = len(content)
-      tar.addfile(info, io.BytesIO(content))
-  if tar:
-    tar.close()
+def _write_shards(folder: Path, sample: Callable[[int], tuple[shapes.Scene, str]], count: int, shard_size: int) -> None:
+  def members(indices):
+    for i in indices:
+      scene, caption = sample(i)
+      yield f"{i:06d}.jpg", encode_jpeg(shapes.render(scene))
+      yield f"{i:06d}.txt", caption.encode()
+
+  for number, start in enumerate(range(0, count, shard_size)):
+    tars.write(folder / f"{number:06d}.tar", members(range(start, min(start + shard_size, count))))
 
 
 # ---- understanding

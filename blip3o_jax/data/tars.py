@@ -1,4 +1,4 @@
-"""Random access to WebDataset shards: uncompressed tars, read in place through an index of where each sample lies."""
+"""WebDataset shards: uncompressed tars, read in place through an index of where each sample lies; and written."""
 
 import bisect
 import concurrent.futures
@@ -9,14 +9,14 @@ import logging
 import multiprocessing
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from etils import epath
 
 from blip3o_jax.data import files
+from blip3o_jax.data.outputs import write_atomically
 from blip3o_jax.errors import Problems, UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -25,6 +25,17 @@ _GAP = 1 << 16  # picture and caption of a sample so near to each other are read
 _THREADS = 32  # shards opened at once: in a bucket each costs a round trip
 
 _log = logging.getLogger(__name__)
+
+
+def write(path: str | os.PathLike, members: Iterable[tuple[str, bytes]]) -> None:
+  """Write a shard of (name, content), whole or not at all; equal members are equal bytes, headers hold no time."""
+  buffer = io.BytesIO()
+  with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    for name, content in members:
+      info = tarfile.TarInfo(name)
+      info.size = len(content)
+      tar.addfile(info, io.BytesIO(content))
+  write_atomically(path, buffer.getvalue())
 
 
 class TarSource:
@@ -159,7 +170,7 @@ def index_shard(shard: str, *, beside: bool = False) -> np.ndarray:
   rows = _scan(shard)
   if beside:
     with files.reading(near):
-      _write(epath.Path(near), rows)
+      _save(near, rows)
     return rows
   return _kept(rows, places)
 
@@ -172,18 +183,15 @@ def _kept(rows: np.ndarray, places: list[Path]) -> np.ndarray:
   """`rows` mapped from the first of `places` that can be written, or in memory."""
   for place in places:
     with contextlib.suppress(OSError):
-      _write(epath.Path(place), rows)
+      _save(place, rows)
       return np.load(place, mmap_mode="r")
   return rows
 
 
-def _write(path: epath.Path, rows: np.ndarray) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
+def _save(path: str | Path, rows: np.ndarray) -> None:
   buffer = io.BytesIO()
   np.save(buffer, rows)
-  temporary = path.parent / f".{path.name}.{os.getpid()}"
-  temporary.write_bytes(buffer.getvalue())
-  temporary.replace(path)
+  write_atomically(path, buffer.getvalue())
 
 
 def _scan(shard: str) -> np.ndarray:

@@ -9,15 +9,13 @@ import functools
 import io
 import os
 import sys
-import tarfile
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
 
-from blip3o_jax.data import transforms
-from blip3o_jax.data.outputs import remove_stale, writable_folder, write_atomically
+from blip3o_jax.data import tars, transforms
+from blip3o_jax.data.outputs import remove_stale, writable_folder
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference.model import Model, load
@@ -89,7 +87,7 @@ def _caption_all(model: Model, source, parts: Parts, asked: str, sampling, size:
       if inputs[-1] == part[-1]:
         remove_stale([path])
         if members:
-          write_atomically(path, _tar(members))
+          tars.write(path, members)
         parts.finish(part, sorted(records, key=lambda record: record["row"]))
         records, members = [], []
 
@@ -113,16 +111,6 @@ def _read(model: Model, source, asked: str, inputs: range) -> tuple[list[tuple[i
 def _extension(content: bytes) -> str:
   """One that tar sources know; decoders look at the content."""
   return {"PNG": "png", "WEBP": "webp"}.get(Image.open(io.BytesIO(content)).format, "jpg")
-
-
-def _tar(members: Iterable[tuple[str, bytes]]) -> bytes:
-  buffer = io.BytesIO()
-  with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-    for name, content in members:
-      info = tarfile.TarInfo(name)
-      info.size = len(content)
-      tar.addfile(info, io.BytesIO(content))
-  return buffer.getvalue()
 
 
 def _told(index: int, error: str) -> dict:

@@ -5,13 +5,12 @@ import itertools
 import json
 import logging
 import multiprocessing
-import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from blip3o_jax.data import pipeline, shapes_corpus, templates
+from blip3o_jax.data import pipeline, shapes_corpus, tars, templates
 from blip3o_jax.data.pictures import QwenPictures, SiglipPictures
 from blip3o_jax.data.pipeline import DataConfig, make_loader
 from blip3o_jax.data.sources import open_source
@@ -23,12 +22,11 @@ N = 20
 
 
 def write(path, samples):
-  with tarfile.open(path, "w") as tar:
-    for i, (image, text) in enumerate(samples):
-      for name, content in ((f"{i:03d}.png", image), (f"{i:03d}.txt", text.encode())):
-        info = tarfile.TarInfo(name)
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
+  """`samples` are (picture, caption), bytes or text."""
+  members = []
+  for i, (image, text) in enumerate(samples):
+    members += [(f"{i:03d}.png", image), (f"{i:03d}.txt", text.encode() if isinstance(text, str) else text)]
+  tars.write(path, members)
 
 
 def png(value):
@@ -305,11 +303,7 @@ def test_a_caption_of_ten_thousand_tokens_is_cut_and_counted(tmp_path, tokenizer
   [(b"\xff\xfe", "not UTF-8"), (b" \n", "an empty caption"), (b"\x00", None), (b"\xf0\x9f\xa6\x8a", None)],
 )
 def test_captions_that_cannot_be_used_are_replaced(tmp_path, tokenizer, text, message, caplog, monkeypatch):
-  with tarfile.open(tmp_path / "a.tar", "w") as tar:
-    for name, content in (("0.png", png(0)), ("0.txt", text), ("1.png", png(1)), ("1.txt", b"a circle")):
-      info = tarfile.TarInfo(name)
-      info.size = len(content)
-      tar.addfile(info, io.BytesIO(content))
+  write(tmp_path / "a.tar", [(png(0), text), (png(1), "a circle")])
   cfg = {"task": "captions", "path": str(tmp_path), "image_size": 8, "max_length": 40}
   monkeypatch.setattr(pipeline, "_warned", 0)
   batch = next(make_loader(cfg, batch_size=2, seed=0, tokenizer=tokenizer))

@@ -26,6 +26,17 @@ def pair(key, text=b"a circle"):
   return [(f"{key}.jpg", key.encode() * 3), (f"{key}.txt", text)]
 
 
+def test_writing(tmp_path):
+  paths = [tmp_path / "new" / f"{name}.tar" for name in "ab"]
+  for path in paths:
+    tars.write(path, pair("k1") + pair("k2", b"two"))
+  assert [sample["text"] for sample in open_source(paths[0])] == ["a circle", "two"]
+  assert paths[0].read_bytes() == paths[1].read_bytes()
+  with pytest.raises(ZeroDivisionError):
+    tars.write(tmp_path / "half.tar", ((f"{1 / i}.jpg", b"") for i in (1, 0)))
+  assert not list(tmp_path.glob("*half*"))
+
+
 def test_reads_samples_of_all_shards_in_order(tmp_path):
   write_tar(tmp_path / "b.tar", pair("dir/x.y") + pair("k3", "déjà vu ".encode()))
   write_tar(

@@ -1,6 +1,5 @@
 """Cached features: what is stored, going on, bad pictures, several processes, and what is refused."""
 
-import io
 import json
 import os
 import shutil
@@ -8,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import time
 
 import jax
@@ -16,10 +14,10 @@ import numpy as np
 import pytest
 import tiny
 from helpers import relative_error
-from PIL import Image
 
-from blip3o_jax.data import pipeline, shapes_corpus
+from blip3o_jax.data import pipeline, shapes_corpus, tars
 from blip3o_jax.data.features import FeatureSource
+from blip3o_jax.data.outputs import encode_png
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.data.tokenizer import load_tokenizer
 from blip3o_jax.errors import UserError
@@ -44,15 +42,11 @@ def world(tmp_path_factory):
   tokenizer = shapes_corpus.make_shapes(out / "shapes", **sizes) / "tokenizer"
   parts = {name: tiny.params()[name] for name in ("queries", "clip")}
   model_dir.write(out / "model", preset="micro", overrides=tiny.OVERRIDES, params=parts, tokenizer_dir=tokenizer)
-  (out / "data").mkdir()
-  with tarfile.open(out / "data/0.tar", "w") as tar:
-    for i, pixels in enumerate(tiny.pixels(N)):
-      buffer = io.BytesIO()
-      Image.fromarray(pixels).save(buffer, "PNG")
-      for end, content in (("png", b"no" if i == BAD else buffer.getvalue()), ("txt", f"a red circle {i}".encode())):
-        info = tarfile.TarInfo(f"{i:03d}.{end}")
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
+  members = []
+  for i, pixels in enumerate(tiny.pixels(N)):
+    content = b"no" if i == BAD else encode_png(pixels)
+    members += [(f"{i:03d}.png", content), (f"{i:03d}.txt", f"a red circle {i}".encode())]
+  tars.write(out / "data/0.tar", members)
   return out
 
 

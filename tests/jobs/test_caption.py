@@ -2,13 +2,13 @@
 
 import io
 import json
-import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import blip3o_jax
+from blip3o_jax.data import tars
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference.model import Model
@@ -26,14 +26,9 @@ def picture(seed, format="JPEG", side=24):
 def data(tmp_path):
   """Two shards, five pictures, one of them broken."""
   contents = [picture(0), picture(1, "PNG"), b"broken", picture(3), picture(4, "WEBP")]
-  (tmp_path / "data").mkdir()
   for shard, keys in enumerate(([0, 1, 2], [3, 4])):
-    with tarfile.open(tmp_path / "data" / f"{shard}.tar", "w") as tar:
-      for key in keys:
-        for name, content in ((f"{key}.jpg", contents[key]), (f"{key}.txt", b"an old caption")):
-          info = tarfile.TarInfo(name)
-          info.size = len(content)
-          tar.addfile(info, io.BytesIO(content))
+    members = [pair for key in keys for pair in ((f"{key}.jpg", contents[key]), (f"{key}.txt", b"an old caption"))]
+    tars.write(tmp_path / "data" / f"{shard}.tar", members)
   return tmp_path / "data", contents
 
 

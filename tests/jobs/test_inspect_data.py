@@ -1,13 +1,12 @@
 import io
 import json
-import tarfile
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from blip3o_jax.data import shapes_corpus
+from blip3o_jax.data import shapes_corpus, tars
 from blip3o_jax.data.vision import ImageProcessor, patch_numbers
 from blip3o_jax.jobs import inspect_data
 from blip3o_jax.training.defaults import complete
@@ -32,15 +31,13 @@ def inspected(config, out, num=40):
 
 
 def test_a_mixture_with_bad_samples_and_long_captions(corpus, tmp_path):
-  with tarfile.open(tmp_path / "own.tar", "w") as tar:
-    for i in range(10):
-      file = io.BytesIO()
-      Image.new("RGB", (90, 60), (10 * i, 0, 0)).save(file, "PNG")
-      image = b"no picture" if i == 3 else file.getvalue()
-      for name, content in ((f"{i}.png", image), (f"{i}.txt", b"one two three " * (40 if i == 4 else 1))):
-        info = tarfile.TarInfo(name)
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
+  members = []
+  for i in range(10):
+    file = io.BytesIO()
+    Image.new("RGB", (90, 60), (10 * i, 0, 0)).save(file, "PNG")
+    image = b"no picture" if i == 3 else file.getvalue()
+    members += [(f"{i}.png", image), (f"{i}.txt", b"one two three " * (40 if i == 4 else 1))]
+  tars.write(tmp_path / "own.tar", members)
   sources = {"shapes": {"path": str(corpus / "pretrain")}, "own": {"path": str(tmp_path / "own.tar")}}
   config = experiment(task="generation", sources=sources, max_length=60)
   text, report, rows = inspected(config, tmp_path / "out")
