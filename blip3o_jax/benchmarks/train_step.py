@@ -40,14 +40,12 @@ from blip3o_jax.errors import CheckFailed
 from blip3o_jax.inference import encoding
 from blip3o_jax.models import flops
 from blip3o_jax.models.blip3o import Blip3o
-from blip3o_jax.objectives import generation
 from blip3o_jax.porting.locate import open_model
 from blip3o_jax.sharding import rules
 from blip3o_jax.sharding.mesh import make_mesh
-from blip3o_jax.training import optimizers, state, trainer
+from blip3o_jax.training import state, trainer
 from blip3o_jax.training.defaults import complete, default_config
 from blip3o_jax.training.feed import Buckets
-from blip3o_jax.training.step import make_step
 
 _SMALL = {  # overrides of the preset "micro"
   "backbone": {
@@ -133,23 +131,23 @@ def run(
     pictures, cache = Path(folder, "pictures"), Path(folder, "features")
     plain_config = _with_data(config, task="generation", path=str(pictures), prefix_pass=False)
     ours_config = _with_data(config, task="features", path=str(cache), buckets=_BUCKETS)
-    plain, ours = trainer.build(plain_config, mesh), trainer.build(ours_config, mesh)
+    plain, ours = trainer.build(plain_config, mesh, Plain), trainer.build(ours_config, mesh)
     cfg = plain.model.cfg
     _write_pictures(pictures, count=batch_size * (rounds + 2), size=cfg.clip.image_size)
     params = trainer.initial_params(plain_config, plain, plain.params, say=lambda *_: None)
     caching = _Caching(cfg, params["clip"], mesh, pictures, cache, config.compute_dtype, batch_size)
 
     batches = _batches(plain_config, tokenizer, mesh, rounds + 2)
-    plain_state, frozen = _fresh(plain_config, plain, params), {name: params[name] for name in plain.frozen}
-    compiled = _plain_step(plain_config, plain).lower(plain_state, frozen, batches[0]).compile()
+    compiled = plain.step.lower(plain.state, plain.frozen, batches[0]).compile()
     peaks = {"plain": benchmarks.peak_bytes(compiled)}
-    plain_run = _Run(compiled, plain_state, frozen, iter(batches))
+    copied = jax.tree.map(jnp.copy, {name: params[name] for name in plain.state.trained})  # a state keeps what it gets
+    plain_run = _Run(compiled, *trainer.fresh_state(plain, params | copied), iter(batches))
 
     batches = _batches(ours_config, tokenizer, mesh, rounds + 2)
     peaks["ours"] = benchmarks.peak_bytes(ours.step.lower(ours.state, ours.frozen, batches[0]).compile())
     cut = Buckets(iter(batches), _BUCKETS, rules.batch_sharding(mesh))
     step = cut.compile(ours, say=lambda *_: None)
-    ours_run = _Run(step, _fresh(ours_config, ours, params), {name: frozen[name] for name in ours.frozen}, cut)
+    ours_run = _Run(step, *trainer.fresh_state(ours, params), cut)
 
     benchmarks.in_turn(1, plain_run, ours_run)  # warm-up
     seconds = benchmarks.in_turn(rounds, plain_run, ours_run, caching)
@@ -240,22 +238,6 @@ def _batches(config: ConfigDict, tokenizer: Tokenizer, mesh, count: int) -> list
   place = functools.partial(jax.device_put, device=rules.batch_sharding(mesh))
   keys = ("tokens", "token_mask", "positions", "pixels", "features")
   return [{k: place(v) for k, v in batch.items() if k in keys} for batch in itertools.islice(loader, count)]
-
-
-def _fresh(config: ConfigDict, program: trainer.Program, params) -> state.TrainState:
-  optimizer = optimizers.make_optimizer(config.optimizer)
-  shardings = jax.tree.map(lambda x: x.sharding, program.state)
-  create = jax.jit(functools.partial(state.create, optimizer=optimizer, ema=False), out_shardings=shardings)
-  return create({name: params[name] for name in program.state.trained})
-
-
-def _plain_step(config: ConfigDict, program: trainer.Program):
-  optimizer = optimizers.make_optimizer(config.optimizer)
-  schedule = optimizers.make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
-  model = Plain(program.model.cfg, dtype=program.model.dtype)
-  shardings = jax.tree.map(lambda x: x.sharding, program.state)
-  step = make_step(config, model, generation, optimizer, schedule)
-  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, rules.replicated(program.mesh)))
 
 
 def _check(losses: list[list[float]], dtype: str) -> None:

@@ -6,7 +6,6 @@ restore; measured memory and time beside what the compiler planned. One page, an
 
 import contextlib
 import dataclasses
-import functools
 import json
 import platform
 import tempfile
@@ -28,9 +27,8 @@ from blip3o_jax.nn import attention as attending
 from blip3o_jax.planning import cost, hlo, programs, topology
 from blip3o_jax.porting.locate import open_model
 from blip3o_jax.sharding.mesh import make_mesh
-from blip3o_jax.training import state, trainer
+from blip3o_jax.training import trainer
 from blip3o_jax.training.defaults import complete, default_config
-from blip3o_jax.training.optimizers import make_optimizer
 
 PROMPT = "a red circle"
 QUICK = ("flow", "next_dit")  # on a CPU; all of them take it minutes, and `blip3o verify` replays them
@@ -186,10 +184,8 @@ def training(config, folder: Path) -> list[Check]:
   with jax.set_mesh(mesh):
     program = trainer.build(config, mesh)
     params = trainer.initial_params(config, program, program.params, say=lambda *_: None)
-    trained, frozen = state.split(params, config.trainable)
-    create = functools.partial(state.create, optimizer=make_optimizer(config.optimizer), ema=False)
-    train_state = jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, program.state))(trained)
-    del params, trained
+    train_state, frozen = trainer.fresh_state(program, params)
+    del params
     shapes = programs.abstract_batch(config, program.model.cfg, mesh)
     batch = {key: _made_up(key, x) for key, x in shapes.items()}
     start = time.monotonic()

@@ -53,7 +53,7 @@ class Program:
 
   `params`, `state` and `frozen` are trees of ShapeDtypeStruct that carry dtype and final sharding;
   `step(state, frozen, batch) -> (state, scalars)` is jitted and takes over the memory of `state`; `flops(batch)`: see
-  training.throughput.step_flops.
+  training.throughput.step_flops; `create(trained)` makes a state of parameters, whose memory it takes over.
   """
 
   model: Blip3o
@@ -64,6 +64,7 @@ class Program:
   state: TrainState
   step: Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]
   flops: Callable[[Batch], float | None]
+  create: Callable[[Params], TrainState]
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") -> TrainResult:
@@ -127,7 +128,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") 
       frozen = _pick(params, program.frozen)
       say(f"goes on after step {start} of {workdir / 'checkpoints'}")
     else:
-      train_state, frozen = _fresh_state(config, program, params)
+      train_state, frozen = fresh_state(program, params)
     del params
 
     # 4. Data from the first step not yet done; the position is one integer for any number of hosts.
@@ -207,8 +208,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") 
   return TrainResult(workdir, exported, config.steps, log.last)
 
 
-def build(config: ConfigDict, mesh: Mesh) -> Program:
+def build(config: ConfigDict, mesh: Mesh, kind: type[Blip3o] | None = None) -> Program:
   """Model, optimizer and step of a config on a mesh; shapes and shardings only, no arrays.
+
+  Args:
+    kind: a module with the parameters of Blip3o that computes in another way.
 
   Raises:
     UserError: unknown names, or `trainable` matches nothing.
@@ -221,7 +225,7 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
   architecture = config.model.to_dict()
   cfg = presets.get(architecture["preset"], architecture["overrides"])
   components += components_to_draw(config, cfg, components)
-  model = Blip3o(presets.with_remat(cfg, config.remat) if config.remat else cfg, dtype=dtype)
+  model = (kind or Blip3o)(presets.with_remat(cfg, config.remat) if config.remat else cfg, dtype=dtype)
   optimizer = optimizers.make_optimizer(config.optimizer)
   schedule = optimizers.make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
 
@@ -230,7 +234,8 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
   trained, frozen = state.split(boxed, config.trainable)
   objectives.check(config.objective, config.objective_args.to_dict(), trained)
   frozen = jax.eval_shape(lambda x: state.cast(x, dtype), frozen)
-  fresh = jax.eval_shape(lambda x: state.create(x, optimizer, ema=bool(config.ema_decay)), trained)
+  create = functools.partial(state.create, optimizer=optimizer, ema=bool(config.ema_decay))
+  fresh = jax.eval_shape(create, trained)
   frozen, fresh = rules.placed(mesh, frozen), rules.placed(mesh, fresh)
 
   # A convolution inside a rolled loop is some twenty times slower on the CPU back end.
@@ -243,8 +248,10 @@ def build(config: ConfigDict, mesh: Mesh) -> Program:
     in_shardings=(shardings(fresh), shardings(frozen), rules.batch_sharding(mesh)),
     out_shardings=(shardings(fresh), rules.replicated(mesh)),
   )
+  # On its final sharding at once: on any other the second step would compile again.
+  create = jax.jit(create, donate_argnums=0, out_shardings=shardings(fresh))
   flops = step_flops(objective, config.objective_args.to_dict(), model.cfg, fresh.trained)
-  return Program(model, mesh, components, state.merge(fresh.trained, frozen), frozen, fresh, step, flops)
+  return Program(model, mesh, components, state.merge(fresh.trained, frozen), frozen, fresh, step, flops, create)
 
 
 def initial_params(config: ConfigDict, program: Program, wanted: Params, say: Callable = print) -> Params:
@@ -279,6 +286,11 @@ def initial_params(config: ConfigDict, program: Program, wanted: Params, say: Ca
     params |= jax.jit(init, out_shardings=out)(streams(config.seed)[0])
     say(f"from scratch: {', '.join(scratch)}")
   return params
+
+
+def fresh_state(program: Program, params: Params) -> tuple[TrainState, Params]:
+  """(a new state, what is frozen) of the program's parameters; the state takes over the memory of what trains."""
+  return program.create(_pick(params, program.state.trained)), _pick(params, program.frozen)
 
 
 def frozen_sources(config: ConfigDict, program: Program) -> dict[str, str]:
@@ -321,15 +333,3 @@ def export(config: ConfigDict, program: Program, params: Params, directory: epat
 def _pick(params: Params, wanted: Params) -> Params:
   """The leaves of `params` that `wanted` has."""
   return {k: _pick(params[k], v) if isinstance(v, dict) else params[k] for k, v in wanted.items()}
-
-
-def _fresh_state(config: ConfigDict, program: Program, params: Params) -> tuple[TrainState, Params]:
-  """A new state on its final sharding (on any other, the second step would compile again), and what is frozen."""
-  optimizer = optimizers.make_optimizer(config.optimizer)
-  trained, frozen = _pick(params, program.state.trained), _pick(params, program.frozen)
-  create = jax.jit(
-    functools.partial(state.create, optimizer=optimizer, ema=bool(config.ema_decay)),
-    donate_argnums=0,
-    out_shardings=jax.tree.map(lambda x: x.sharding, program.state),
-  )
-  return create(trained), frozen
