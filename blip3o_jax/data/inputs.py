@@ -12,7 +12,7 @@ from blip3o_jax.errors import UserError
 
 
 class PromptFile:
-  """The rows of a JSON-lines file, read from it when they are asked for; empty lines are left out.
+  """The rows of a JSON-lines file of prompts, read from it when they are asked for; empty lines are left out.
 
   Attributes:
     digest: sha256 of the file; where: its path.

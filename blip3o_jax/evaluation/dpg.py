@@ -19,8 +19,6 @@ from blip3o_jax.data.outputs import encode_png, square_grid, write_atomically
 from blip3o_jax.errors import UserError
 from blip3o_jax.evaluation.shapes import read_picture
 
-NUM, SEED = 4, 42
-
 
 class Prompts:
   """See jobs.generate.Prompts. samples/ITEM-NUMBER.png, and images/ITEM.png of all of them."""

@@ -18,24 +18,15 @@ from blip3o_jax.data.inputs import PromptFile
 from blip3o_jax.data.outputs import encode_png, square_grid, write_atomically
 from blip3o_jax.evaluation.shapes import read_picture
 
-NUM, SEED = 4, 42
 
-
-class Prompts:
+class Prompts(PromptFile):
   """See jobs.generate.Prompts. Each row has its folder: samples/, metadata.jsonl (one object) and grid.png."""
 
   nums = None
 
-  def __init__(self, path: str | Path):
-    self.file = PromptFile(path)
-    self.digest = self.file.digest
-
-  def __len__(self) -> int:
-    return len(self.file)
-
   def request(self, index: int) -> dict:
     """The prompt itself; `detailed_caption` of the release's file is not used there either."""
-    return {"prompt": self.file[index]["prompt"]}
+    return {"prompt": self[index]["prompt"]}
 
   def files(self, index: int, num: int) -> list[str]:
     """images/00012/samples/00000.png and so on."""
@@ -44,5 +35,5 @@ class Prompts:
   def finish(self, index: int, out: Path, files: Sequence[str]) -> None:
     """The row as it came, and the pictures on one sheet."""
     folder = out / f"images/{index:05d}"
-    write_atomically(folder / "metadata.jsonl", json.dumps(self.file[index]).encode())
+    write_atomically(folder / "metadata.jsonl", json.dumps(self[index]).encode())
     write_atomically(folder / "grid.png", encode_png(square_grid([read_picture(out / file) for file in files])))

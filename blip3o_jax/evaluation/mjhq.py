@@ -15,8 +15,6 @@ from pathlib import Path
 from blip3o_jax.data.inputs import read_json
 from blip3o_jax.errors import UserError
 
-NUM, SEED = 1, 42
-
 
 class Prompts:
   """See jobs.generate.Prompts. images/CATEGORY/ID.png."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from blip3o_jax.data.inputs import read_json
 from blip3o_jax.errors import UserError
 
-NUM, SEED = 1, 42
 FILES = ("cultural_common_sense.json", "spatio-temporal_reasoning.json", "natural_science.json")
 
 

@@ -51,7 +51,7 @@ class Prompts(Protocol):
     """Write what belongs to a row beside its pictures, once they are all there."""
 
 
-class Rows:
+class Rows(PromptFile):
   """A JSON-lines file of {"prompt": TEXT}, perhaps with "seed": NUMBER, and with "image": FILE to edit by the prompt.
 
   Pictures go to pictures/PART/ROW-NUMBER.png, a thousand rows a folder.
@@ -59,22 +59,15 @@ class Rows:
 
   nums = None
 
-  def __init__(self, path: str | Path):
-    self.file = PromptFile(path)
-    self.digest = self.file.digest
-
-  def __len__(self) -> int:
-    return len(self.file)
-
   def request(self, index: int) -> dict:
     """See Prompts."""
-    row = self.file[index]
+    row, where = self[index], f"{self.where}: line {self.line(index)}"
     if (seed := row.get("seed", 0)) is not None and not (type(seed) is int and 0 <= seed < 2**32):
-      raise UserError(f"{self.file.where}: line {self.file.line(index)}: seed {seed!r} is no number from 0 to 2^32 - 1")
+      raise UserError(f"{where}: seed {seed!r} is no number from 0 to 2^32 - 1")
     if "image" in row:
       if not isinstance(row["image"], str):
-        raise UserError(f'{self.file.where}: line {self.file.line(index)}: "image" is no path')
-      row["image"] = str(self.file.where.parent / row["image"])
+        raise UserError(f'{where}: "image" is no path')
+      row["image"] = str(self.where.parent / row["image"])
     return row
 
   def files(self, index: int, num: int) -> list[str]:
@@ -175,14 +168,8 @@ class _Item:
 
 class _Job:
   def __init__(self, model: Model, prompts: Prompts, parts: Parts, sampling: Sampling, num: int, seed: int):
-    self.model, self.prompts, self.parts, self.sampling, self.num, self.seed = (
-      model,
-      prompts,
-      parts,
-      sampling,
-      num,
-      seed,
-    )
+    self.model, self.prompts, self.parts = model, prompts, parts
+    self.sampling, self.num, self.seed = sampling, num, seed
     self.digest, self.todo = model.digest, parts.unfinished()
     self.progress = Progress(sum(map(len, self.todo)) * num, "pictures")
 
