@@ -26,11 +26,9 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
 from blip3o_jax.training.feed import preparation
 
-_CELL, _COLUMNS, _LINES = (
-  240,
-  6,
-  6,
-)  # side of a picture on the sheet in pixels, pictures a row, lines of text under each
+_CELL = 240  # side of a picture on the sheet, pixels
+_COLUMNS = 6  # pictures a row
+_LINES = 6  # of text under each
 _BARS = 40  # characters of the longest bar of a histogram
 _SHOWN = 10  # bad samples that are printed; all are in the report
 
