@@ -356,10 +356,15 @@ def _given(args: argparse.Namespace, *names: str) -> dict:
 # ---- the commands
 
 
-def _quickstart(args):
+def _start_jax():
+  """On this machine or on all of a job, before anything touches a device. What is called here leaves that to it."""
   from blip3o_jax.sharding import distributed
 
-  distributed.start()  # before anything touches a device
+  distributed.start()
+
+
+def _quickstart(args):
+  _start_jax()
   from blip3o_jax.apps import quickstart
 
   quickstart.run(args.workdir, args.from_scratch)
@@ -370,6 +375,7 @@ def _train(args):
 
   profile = [f"--config.profile={args.profile}"] if args.profile else []
   config = load_config(args.config, [*args.overrides, *profile])  # a slip answers before jax starts
+  _start_jax()
   from blip3o_jax.training.trainer import train
 
   words = ["blip3o", "train", "--config", args.config.as_posix(), "--workdir", args.workdir, *args.overrides]
@@ -406,9 +412,7 @@ def _generate(args):
 
 
 def _draw_all(args, prompts):
-  from blip3o_jax.sharding import distributed
-
-  distributed.start()  # before anything touches a device
+  _start_jax()
   from blip3o_jax.jobs import generate
 
   options = _given(args, "batch_size", "fsdp", "compile_cache")
@@ -470,9 +474,7 @@ def _verify(args):
 
 
 def _doctor(args):
-  from blip3o_jax.sharding import distributed
-
-  distributed.start()  # before anything touches a device
+  _start_jax()
   from blip3o_jax import verification
   from blip3o_jax.planning import doctor
 
@@ -487,6 +489,7 @@ def _make_shapes(args):
 
 
 def _cache_features(args):
+  _start_jax()
   from blip3o_jax.jobs import cache_features
 
   options = _given(args, "resize", "dtype", "batch_size", "shard_size", "threads")
@@ -494,9 +497,7 @@ def _cache_features(args):
 
 
 def _caption(args):
-  from blip3o_jax.sharding import distributed
-
-  distributed.start()  # before anything touches a device
+  _start_jax()
   from blip3o_jax.jobs import caption
 
   options = _given(args, "batch_size", "fsdp", "compile_cache")

@@ -93,7 +93,8 @@ def test_usage_errors_are_one_line_and_2(capsys, words):
 def test_train_reads_the_config_and_its_overrides(replace, tmp_path, capsys):
   file = tmp_path / "x.py"
   file.write_text("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'steps': 10})\n")
-  called = []
+  called, started = [], []
+  replace("blip3o_jax.sharding.distributed", start=lambda: started.append(len(called)))
   replace("blip3o_jax.training.trainer", train=lambda *args, **kwargs: called.append((*args, kwargs)))
   assert run("train", "--config", file, "--workdir", tmp_path / "w", "--config.optimizer.learning_rate=0.5") == 0
   ((config, workdir, kwargs),) = called
@@ -103,6 +104,7 @@ def test_train_reads_the_config_and_its_overrides(replace, tmp_path, capsys):
   assert run("train", "--config", file, "--workdir", "w", "--config.stepz=1") == 2
   assert "did you mean steps" in capsys.readouterr().err and len(called) == 1
   assert run("train", "--config", file, "--workdir", "w", "--profile", "5") == 0 and called[1][0].profile == 5
+  assert started == [0, 1]  # before either, and not for the slip
 
 
 class FakeModel:

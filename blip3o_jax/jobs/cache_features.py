@@ -49,7 +49,6 @@ def run(
   """
   if "://" in str(out):
     raise UserError(f"{out}: ArrayRecord files need a file system; mount the bucket and give the folder")
-  distributed.start()
   paths = (data,) if isinstance(data, str) else tuple(data)
   source, pictures, out = open_model(model), open_source(SourceConfig(paths)), Path(out)
   if "clip" not in source.components:

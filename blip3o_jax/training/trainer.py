@@ -23,7 +23,7 @@ from blip3o_jax.models import presets
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.porting import model_dir
 from blip3o_jax.porting.locate import open_model
-from blip3o_jax.sharding import distributed, rules
+from blip3o_jax.sharding import rules
 from blip3o_jax.sharding.mesh import make_mesh
 from blip3o_jax.training import metrics, optimizers, state
 from blip3o_jax.training.defaults import claim, complete
@@ -68,7 +68,8 @@ class Program:
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") -> TrainResult:
-  """Train one stage to its end, or go on with it: the same command does both.
+  """Train one stage to its end, or go on with it: the same command does both. In a job of several processes all call
+  this, after sharding.distributed.start().
 
   Leaves in `workdir`: config.json, began.txt (when, in Unix seconds), parameters.txt, metrics.jsonl, checkpoints/, at
   the end model/, and if asked for samples/ and profile/.
@@ -93,7 +94,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") 
     return TrainResult(workdir, exported, config.steps, lines[-1] if lines else {})
 
   # 2. Devices, model, optimizer and the jitted step. Nothing is allocated yet.
-  distributed.start()
   mesh = make_mesh(config.mesh, batch_size=config.batch_size, parts=config.accumulate)
   program = build(config, mesh)
   sampler = Sampler(config, program.model, mesh, _tokenizer(config), workdir) if config.sample_every else None
