@@ -20,7 +20,7 @@ import msgpack
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from blip3o_jax.data.outputs import write_atomically
+from blip3o_jax.data.outputs import remove_stale, replacing, write_atomically
 from blip3o_jax.data.vision import CLIP_MEAN, CLIP_STD
 from blip3o_jax.errors import UserError
 
@@ -109,10 +109,8 @@ def pack_error(why: str) -> bytes:
 
 def write_shard(path: Path, records: Iterable[bytes]) -> None:
   """Write one shard; it appears when it is complete. What a killed process left of it is removed."""
-  for left in path.parent.glob(f".{path.name}.*.tmp"):
-    left.unlink()
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
+  remove_stale([path])
+  with replacing(path) as temporary:
     # Every record stands alone, for random access; features hardly compress.
     writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1,uncompressed")
     for record in records:
@@ -120,9 +118,6 @@ def write_shard(path: Path, records: Iterable[bytes]) -> None:
     writer.close()
     with temporary.open("rb") as file:
       os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 class FeatureSource:

@@ -19,9 +19,9 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-def is_remote(path: str) -> bool:
+def is_remote(path: str | os.PathLike) -> bool:
   """Whether a path names something in a bucket."""
-  return "://" in path
+  return "://" in os.fspath(path)
 
 
 def expand(path) -> list[str]:

@@ -1,9 +1,10 @@
 """Files that commands leave behind: pictures, reports, scores. A path may be one of a bucket, gs://..."""
 
+import contextlib
 import io
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,9 @@ def encode_png(picture: np.ndarray, facts: Mapping[str, str] | None = None) -> b
 
 
 def square_grid(pictures: Sequence[np.ndarray]) -> np.ndarray:
-  """uint8 [H, W, 3] each -> one picture of rows and columns as equal as can be, without gaps."""
+  """uint8 [H, W, 3] each -> one picture of rows and columns as equal as can be, without gaps; what is left is white."""
   columns = int(np.ceil(np.sqrt(len(pictures))))
-  blank = np.zeros_like(pictures[0])
+  blank = np.full_like(pictures[0], 255)
   filled = [*pictures, *[blank] * (-len(pictures) % columns)]
   rows = [np.concatenate(filled[i : i + columns], axis=1) for i in range(0, len(filled), columns)]
   return np.concatenate(rows)
@@ -37,24 +38,29 @@ def write_atomically(path: str | os.PathLike, content: bytes | Iterable[bytes]) 
   """The file is there whole or not at all; missing folders are made. Pieces are written one after another."""
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  if is_remote(os.fspath(path)):  # an object appears when it is complete
+  if is_remote(path):  # an object appears when it is complete
     path.write_bytes(content if isinstance(content, bytes) else b"".join(content))
     return
+  with replacing(path) as temporary, open(temporary, "wb") as file:
+    file.writelines([content] if isinstance(content, bytes) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+  """The name of a file that takes the place of `path`, on a disk, if the block ends well, and vanishes if not."""
   # Not by process number: hosts that share a disk may count alike.
   temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
   try:
-    with open(temporary, "wb") as file:
-      file.writelines([content] if isinstance(content, bytes) else content)
+    yield temporary
     os.replace(temporary, path)
-  except BaseException:
+  finally:
     temporary.unlink(missing_ok=True)
-    raise
 
 
 def writable_folder(path: str | Path) -> Path:
   """The folder, made where it is missing. Raises UserError (or OSError) before any work is done for it."""
-  if "gs:/" in str(path) or "s3:/" in str(path):  # one slash: what pathlib leaves of two
-    raise UserError(f"{path}: many small files need a file system; mount the bucket and give the folder")
+  if ":/" in str(path):  # one slash: what pathlib leaves of two
+    raise UserError(f"{path}: this needs a file system; mount the bucket and give the folder")
   path = Path(path)
   path.mkdir(parents=True, exist_ok=True)
   if not os.access(path, os.W_OK):

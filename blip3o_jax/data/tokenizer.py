@@ -10,6 +10,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from blip3o_jax.data.outputs import write_atomically
 from blip3o_jax.errors import UserError
 
 # Qwen2.5's own (in its order), then those that the release adds (spec 4.1).
@@ -98,7 +99,6 @@ class Tokenizer:
   def save(self, folder) -> None:
     """tokenizer.json and tokenizer_config.json, as transformers reads them."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = {
       "tokenizer_class": "PreTrainedTokenizerFast",
       "eos_token": self.chat.end,
@@ -114,9 +114,7 @@ class Tokenizer:
       ("tokenizer.json", self.backend.to_str(pretty=True)),
       ("tokenizer_config.json", json.dumps(config, indent=2)),
     ):
-      temporary = folder / f".{name}.{os.getpid()}.tmp"
-      temporary.write_text(content + "\n", encoding="utf-8")
-      os.replace(temporary, folder / name)
+      write_atomically(folder / name, f"{content}\n".encode())
 
 
 def _encode(backend: tokenizers.Tokenizer, text: str) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from blip3o_jax.data import features
 from blip3o_jax.data.features import Manifest
+from blip3o_jax.data.outputs import writable_folder
 from blip3o_jax.data.sources import SourceConfig, open_source
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference.encoding import Report, Squares, feature_shape, make_encoder, write_shards
@@ -47,15 +48,13 @@ def run(
   Raises:
     UserError: no encoder, no pictures, or `out` holds features of another kind.
   """
-  if "://" in str(out):
-    raise UserError(f"{out}: ArrayRecord files need a file system; mount the bucket and give the folder")
   paths = (data,) if isinstance(data, str) else tuple(data)
-  source, pictures, out = open_model(model), open_source(SourceConfig(paths)), Path(out)
+  source, pictures = open_model(model), open_source(SourceConfig(paths))
   if "clip" not in source.components:
     raise UserError(
       f"{model} has no clip, the encoder whose features are cached; it has {', '.join(source.components)}"
     )
-  config = source.config()
+  out, config = writable_folder(out), source.config()
   shape = feature_shape(config)
   encoder = features.identity(source.content_hash("clip"), config.clip, resize)
   manifest = Manifest(encoder, shape, dtype, list(paths), len(pictures), shard_size)

@@ -22,6 +22,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from blip3o_jax.data.files import is_remote
+from blip3o_jax.data.outputs import write_atomically
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
 from blip3o_jax.models.blip3o import Blip3oConfig
@@ -277,7 +279,7 @@ def _rewrite(root: epath.Path, name: str, source: Source, format: str, dtype: An
 @contextlib.contextmanager
 def local(path: epath.Path) -> Iterator[epath.Path]:
   """`path`, or where it is in a bucket, which has no rename, a local file that is copied there in the end."""
-  if "://" not in os.fspath(path):
+  if not is_remote(path):
     yield path
     return
   with tempfile.TemporaryDirectory() as folder:
@@ -286,9 +288,7 @@ def local(path: epath.Path) -> Iterator[epath.Path]:
 
 
 def _write_manifest(directory: epath.Path, manifest: Manifest) -> None:
-  temporary = directory / f".{MANIFEST}.tmp"
-  temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
-  temporary.replace(directory / MANIFEST)
+  write_atomically(directory / MANIFEST, (json.dumps(dataclasses.asdict(manifest), indent=2) + "\n").encode())
 
 
 def plain(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -311,7 +311,7 @@ def take_tokenizer(source: os.PathLike | str, target: epath.Path) -> None:
 def _take_tree(source: epath.Path, target: epath.Path) -> None:
   """Copy a directory, by hard links where both lie on one file system (weights are replaced, never changed)."""
   target.mkdir(parents=True, exist_ok=True)
-  remote = "://" in os.fspath(source) + os.fspath(target)
+  remote = is_remote(source) or is_remote(target)
   for item in source.iterdir():
     if item.is_dir():
       _take_tree(item, target / item.name)

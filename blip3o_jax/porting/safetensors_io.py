@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from blip3o_jax.data.outputs import replacing
 from blip3o_jax.errors import Problems, UserError
 
 _DTYPES = {
@@ -329,9 +330,8 @@ def write(
     offset += size
   text = json.dumps(header, separators=(",", ":")).encode()
   text += b" " * (-len(text) % 8)  # the data starts on a multiple of eight
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
-    with open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
       if hasattr(os, "posix_fallocate"):  # a full disk shows at once; the write took half as long
         os.posix_fallocate(file.fileno(), 0, 8 + len(text) + offset)
       file.write(struct.pack("<Q", len(text)) + text)
@@ -346,8 +346,5 @@ def write(
         raise ValueError(f"{left[0]} was announced but not given")
       file.flush()
       os.fsync(file.fileno())
-    os.replace(temporary, path)
   except OSError as error:
     raise UserError(f"{path}: cannot write ({error.strerror or error})") from error
-  finally:
-    temporary.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 import atexit
 import dataclasses
 import functools
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from blip3o_jax.data.files import is_remote
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
 from blip3o_jax.models.blip3o import Blip3o, Blip3oConfig
@@ -163,7 +163,7 @@ class Source:
     if self.tokenizer is None:
       raise UserError(f"{self.name}: no tokenizer in this model; copy one into {self.path / 'tokenizer'}")
     files = [self.tokenizer / name for name in TOKENIZER_FILES if (self.tokenizer / name).exists()]
-    others = "://" in os.fspath(self.tokenizer) or (self.tokenizer / "config.json").exists()
+    others = is_remote(self.tokenizer) or (self.tokenizer / "config.json").exists()
     if not others:
       return Path(self.tokenizer)
     # Beside a config.json transformers would ask that file for the model's kind, and not know it.

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -61,7 +60,7 @@ class MetricLog:
       self._file, self._waiting = self._open(content), b""
 
   def _open(self, content: bytes) -> io.RawIOBase:
-    if not is_remote(os.fspath(self.path)):
+    if not is_remote(self.path):
       return open(self.path, "ab", buffering=0)
     file = tempfile.TemporaryFile(buffering=0)
     file.write(content)
@@ -70,7 +69,7 @@ class MetricLog:
   def put(self) -> None:
     """Report what is pending; every line is then where it belongs."""
     self.flush()
-    if self._writes and is_remote(os.fspath(self.path)):
+    if self._writes and is_remote(self.path):
       self._file.seek(0)
       write_atomically(self.path, self._file.read())
 

@@ -20,7 +20,7 @@ class Profile:
     self._directory, self._first, self._steps = directory, first, steps
     self._running = False
     # Traces are written to a disk; for a bucket they are copied there.
-    self._local = epath.Path(tempfile.mkdtemp() if steps and is_remote(os.fspath(directory)) else directory)
+    self._local = epath.Path(tempfile.mkdtemp() if steps and is_remote(directory) else directory)
 
   def before(self, step: int) -> None:
     """Call before step `step` is dispatched."""

@@ -1,16 +1,14 @@
 """Pictures drawn while a run trains: WORKDIR/samples/STEP.png, the same prompts from the same noise every time."""
 
-import math
 from collections.abc import Collection
 from pathlib import Path
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from blip3o_jax.data.outputs import encode_png, write_atomically
+from blip3o_jax.data.outputs import encode_png, square_grid, write_atomically
 from blip3o_jax.data.tokenizer import load_tokenizer
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference.image import Sampling
@@ -58,19 +56,7 @@ class Sampler:
     path = self._directory / f"{step}.png"
     try:
       if jax.process_index() == 0:
-        write_atomically(path, encode_png(grid([pictures[0] for pictures in drawn])))
+        write_atomically(path, encode_png(square_grid([pictures[0] for pictures in drawn])))
     except OSError as error:
       return f"WARNING: samples of step {step} could not be written ({error.strerror})"
     return f"samples: {path}"
-
-
-def grid(pictures: list[np.ndarray]) -> np.ndarray:
-  """Pictures uint8 [H, W, 3] in rows of about equally many as there are rows; what stays free is white."""
-  height, width, _ = pictures[0].shape
-  columns = math.ceil(math.sqrt(len(pictures)))
-  rows = math.ceil(len(pictures) / columns)
-  sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
-  for i, picture in enumerate(pictures):
-    y, x = i // columns * height, i % columns * width
-    sheet[y : y + height, x : x + width] = picture
-  return sheet

@@ -1,18 +1,12 @@
 """Pictures drawn while a run trains. That they are, and change no loss: test_sharded_step.py."""
 
-import numpy as np
 import pytest
 import sharded
 
 from blip3o_jax.errors import UserError
-from blip3o_jax.training import samples, trainer
+from blip3o_jax.training import trainer
 
 PROMPTS = ("a red circle",)
-
-
-def test_grid():
-  sheet = samples.grid([np.full((2, 3, 3), i, np.uint8) for i in range(5)])
-  assert sheet.shape == (4, 9, 3) and sheet[3, 3, 0] == 4 and sheet[0, 8, 0] == 2 and sheet[3, 8, 0] == 255
 
 
 @pytest.mark.parametrize("changes, words", [
