@@ -23,40 +23,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/lib.sh
 source launch/lib.sh
 
-[[ $# -gt 0 ]] || usage 2
-verb="$1" && shift
-job="" name="" cluster="" zone="" project="" type="" image="" slices=1 attempts=100 variables=() words=()
-case "$verb" in
--h | --help) usage 0 ;;
-up) [[ $# -gt 0 ]] && job="$1" && shift ;;
-logs | status | down) ;;
-*) die "$(printf %q "$verb") is no command; there are up, logs, status and down" ;;
-esac
-while [[ $# -gt 0 ]]; do
-  case "$1" in
-  --dry-run) DRY_RUN=1 && shift && continue ;;
-  --) shift && words=("$@") && break ;;
-  --name | --cluster | --zone | --project | --type | --image | --slices | --env | --attempts) [[ $# -ge 2 ]] || die "$1 needs a value" ;;
-  *) die "unknown argument $(printf %q "$1"); words of the job come after --" ;;
-  esac
-  case "$1" in
-  --name) name="$2" ;;
-  --cluster) cluster="$2" ;;
-  --zone) zone="$2" ;;
-  --project) project="$2" ;;
-  --type) type="$2" ;;
-  --image) image="$2" ;;
-  --slices) slices="$2" ;;
-  --attempts) attempts="$2" ;;
-  --env) check_variable "$2" && variables+=("$2") ;;
-  esac
-  shift 2
-done
-check_name --name "$name"
+cluster="" zone="" project="" type="" image="" slices=1
+read_words "cluster zone project type image slices" "" "$@"
 check_name --cluster "$cluster"
 check_word --zone "$zone"
 check_count --slices "$slices"
-check_count --attempts "$attempts"
 where=("--cluster=$cluster" "--zone=$zone")
 [[ -z "$project" ]] || { check_word --project "$project" && where+=("--project=$project"); }
 state="${BLIP3O_STATE:-$HOME/.local/state/blip3o}/gke"
@@ -82,11 +53,9 @@ said() {
 }
 
 up() {
-  check_job "$job"
   check_word --type "$type"
   check_word --image "$image"
   tpu_flags "$type" >/dev/null
-  [[ ${#words[@]} -gt 0 ]] || die "no words for blip3o $job; give them after --"
   local attempt workload status
   attempt=$(($([[ -e "$ours" ]] && wc -l <"$ours" || echo 0) + 1))
   for ((; attempt <= attempts; attempt++)); do

@@ -52,6 +52,45 @@ check_variable() { # NAME=VALUE
   [[ "$1" =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || die "--env $(printf %q "$1") is not NAME=VALUE"
 }
 
+# read_words OPTIONS FLAGS WORD...: the command line of a launcher, checked as far as all of them are alike. OPTIONS take
+# a value, which goes to the variable of that name; of FLAGS the last one given is `tier`.
+verb="" job="" name="" attempts=100 tier=() variables=() words=()
+read_words() {
+  local options=" name attempts $1 " flags=" $2 " option
+  shift 2
+  [[ $# -gt 0 ]] || usage 2
+  verb="$1" && shift
+  case "$verb" in
+  -h | --help) usage 0 ;;
+  up) [[ $# -gt 0 ]] && job="$1" && shift ;;
+  logs | status | down) ;;
+  *) die "$(printf %q "$verb") is no command; there are up, logs, status and down" ;;
+  esac
+  while [[ $# -gt 0 ]]; do
+    [[ "$1" != -- ]] || { shift && words=("$@") && break; }
+    [[ "$1" =~ ^--([a-z-]+)$ ]] || die "unknown argument $(printf %q "$1"); words of the job come after --"
+    option="${BASH_REMATCH[1]}"
+    if [[ "$option" == dry-run ]]; then
+      DRY_RUN=1 && shift
+    elif [[ "$flags" == *" $option "* ]]; then
+      # shellcheck disable=SC2034
+      tier=("$1") && shift
+    elif [[ "$option" == env || "$options" == *" $option "* ]]; then
+      [[ -n "${2:-}" ]] || die "$1 needs a value"
+      if [[ "$option" == env ]]; then check_variable "$2" && variables+=("$2"); else printf -v "$option" %s "$2"; fi
+      shift 2
+    else
+      die "unknown argument $1; words of the job come after --"
+    fi
+  done
+  check_name --name "$name"
+  check_count --attempts "$attempts"
+  [[ "$verb" != up ]] || {
+    check_job "$job"
+    [[ ${#words[@]} -gt 0 ]] || die "no words for blip3o $job; give them after --"
+  }
+}
+
 # quoted WORD...: one string that a remote shell reads as exactly these words.
 quoted() {
   local out

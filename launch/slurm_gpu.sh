@@ -22,36 +22,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/lib.sh
 source launch/lib.sh
 
-[[ $# -gt 0 ]] || usage 2
-verb="$1" && shift
-job="" name="" nodes=1 gpus=8 attempts=100 sbatch=() variables=() words=()
-case "$verb" in
--h | --help) usage 0 ;;
-up) [[ $# -gt 0 ]] && job="$1" && shift ;;
-logs | status | down) ;;
-*) die "$(printf %q "$verb") is no command; there are up, logs, status and down" ;;
-esac
-while [[ $# -gt 0 ]]; do
-  case "$1" in
-  --dry-run) DRY_RUN=1 && shift && continue ;;
-  --) shift && words=("$@") && break ;;
-  --name | --nodes | --gpus | --partition | --account | --time | --env | --attempts) [[ $# -ge 2 ]] || die "$1 needs a value" ;;
-  *) die "unknown argument $(printf %q "$1"); words of the job come after --" ;;
-  esac
-  case "$1" in
-  --name) name="$2" ;;
-  --nodes) nodes="$2" ;;
-  --gpus) gpus="$2" ;;
-  --attempts) attempts="$2" ;;
-  --partition | --account | --time) check_word "$1" "$2" && sbatch+=("$1=$2") ;;
-  --env) check_variable "$2" && variables+=("$2") ;;
-  esac
-  shift 2
-done
-check_name --name "$name"
+nodes=1 gpus=8 partition="" account="" time="" sbatch=()
+read_words "nodes gpus partition account time" "" "$@"
 check_count --nodes "$nodes"
 check_count --gpus "$gpus"
-check_count --attempts "$attempts"
+for option in "--partition=$partition" "--account=$account" "--time=$time"; do
+  [[ "$option" == *= ]] || { check_word "${option%%=*}" "${option#*=}" && sbatch+=("$option"); }
+done
 state="${BLIP3O_STATE:-$HOME/.local/state/blip3o}/slurm"
 ours="$state/$name" # the number of the SLURM job that `up` submitted
 
@@ -76,8 +53,6 @@ EOF
 }
 
 up() {
-  check_job "$job"
-  [[ ${#words[@]} -gt 0 ]] || die "no words for blip3o $job; give them after --"
   local submit number
   submit=(sbatch --parsable "--job-name=$name" "--nodes=$nodes" "--ntasks-per-node=$gpus" "--gpus-per-node=$gpus"
     --exclusive --requeue --signal=TERM@300 --open-mode=append "--output=$PWD/runs/$name.log" "${sbatch[@]}")

@@ -25,39 +25,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/lib.sh
 source launch/lib.sh
 
-[[ $# -gt 0 ]] || usage 2
-verb="$1" && shift
-job="" name="" zone="" project="" type="" slices=1 version="" tier=() attempts=100 variables=() words=()
-case "$verb" in
--h | --help) usage 0 ;;
-up) [[ $# -gt 0 ]] && job="$1" && shift ;;
-logs | status | down) ;;
-*) die "$(printf %q "$verb") is no command; there are up, logs, status and down" ;;
-esac
-while [[ $# -gt 0 ]]; do
-  case "$1" in
-  --dry-run) DRY_RUN=1 && shift && continue ;;
-  --spot | --reserved) tier=("$1") && shift && continue ;;
-  --) shift && words=("$@") && break ;;
-  --name | --zone | --project | --type | --slices | --version | --env | --attempts) [[ $# -ge 2 ]] || die "$1 needs a value" ;;
-  *) die "unknown argument $(printf %q "$1"); words of the job come after --" ;;
-  esac
-  case "$1" in
-  --name) name="$2" ;;
-  --zone) zone="$2" ;;
-  --project) project="$2" ;;
-  --type) type="$2" ;;
-  --slices) slices="$2" ;;
-  --version) version="$2" ;;
-  --attempts) attempts="$2" ;;
-  --env) check_variable "$2" && variables+=("$2") ;;
-  esac
-  shift 2
-done
-check_name --name "$name"
+zone="" project="" type="" slices=1 version=""
+read_words "zone project type slices version" "spot reserved" "$@"
 check_word --zone "$zone"
 check_count --slices "$slices"
-check_count --attempts "$attempts"
 where=("--zone=$zone")
 [[ -z "$project" ]] || { check_word --project "$project" && where+=("--project=$project"); }
 
@@ -191,12 +162,10 @@ follow() {
 }
 
 up() {
-  check_job "$job"
   check_word --type "$type"
   runtime_version >/dev/null
   tpu_flags "$type" >/dev/null
   [[ -z "$version" ]] || check_word --version "$version"
-  [[ ${#words[@]} -gt 0 ]] || die "no words for blip3o $job; give them after --"
   local attempt status running=""
   have_slice
   if [[ -z "${DRY_RUN:-}" ]] && grep -qx running <<<"$(worker_states || true)"; then
