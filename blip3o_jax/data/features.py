@@ -20,7 +20,7 @@ import msgpack
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from blip3o_jax.data.outputs import remove_stale, replacing, write_atomically
+from blip3o_jax.data.outputs import differences, remove_stale, replacing, write_atomically
 from blip3o_jax.data.vision import CLIP_MEAN, CLIP_STD
 from blip3o_jax.errors import UserError
 
@@ -86,15 +86,10 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
 def check(directory: str | os.PathLike, wanted: Mapping[str, Any]) -> None:
   """Refuse features that another encoder or preprocessing made. `wanted`: see `identity`; raises UserError."""
   made = read_manifest(directory).encoder
-  if differing := differences(made, {**made, **wanted}):
-    raise UserError(f"{directory}: stale features, {differing}; cache them again with this model, into another folder")
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-  """In words, what two maps differ in; empty if in nothing."""
-  plain = json.loads(json.dumps([old, new]))  # tuples become lists, as in the file
-  keys = sorted(key for key in {*old, *new} if plain[0].get(key) != plain[1].get(key))
-  return "; ".join(f"{key} was {plain[0].get(key)!r}, is {plain[1].get(key)!r}" for key in keys)
+  if differing := differences(made, {**made, **wanted}).values():
+    raise UserError(
+      f"{directory}: stale features, {'; '.join(differing)}; cache them again with this model, into another folder"
+    )
 
 
 def pack(features: np.ndarray, text: str) -> bytes:

@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import json
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -55,6 +57,13 @@ def replacing(path: Path) -> Iterator[Path]:
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+  """What the facts of two JSON files differ in, in words by key: {"seed": "seed was 0, is 1"}."""
+  old, new = json.loads(json.dumps([old, new]))  # tuples become lists, as in a file
+  words = lambda key: f"{key} was {old.get(key, 'absent')!r:.200}, is {new.get(key, 'absent')!r:.200}"
+  return {key: words(key) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)}
 
 
 def writable_folder(path: str | Path) -> Path:

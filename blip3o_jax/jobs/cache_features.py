@@ -15,7 +15,7 @@ import numpy as np
 
 from blip3o_jax.data import features
 from blip3o_jax.data.features import Manifest
-from blip3o_jax.data.outputs import writable_folder
+from blip3o_jax.data.outputs import differences, writable_folder
 from blip3o_jax.data.sources import SourceConfig, open_source
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference.encoding import Report, Squares, feature_shape, make_encoder, write_shards
@@ -81,5 +81,5 @@ def claim(out: Path, manifest: Manifest) -> None:
     manifest.write(out)
   distributed.barrier("features manifest")
   there, ours = (dataclasses.asdict(x) for x in (features.read_manifest(out), manifest))
-  if differing := features.differences(there | there.pop("encoder"), ours | ours.pop("encoder")):
-    raise UserError(f"{out} holds other features ({differing}); give another --out")
+  if differing := differences(there | there.pop("encoder"), ours | ours.pop("encoder")).values():
+    raise UserError(f"{out} holds other features ({'; '.join(differing)}); give another --out")

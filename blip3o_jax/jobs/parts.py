@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from blip3o_jax.data.outputs import write_atomically
+from blip3o_jax.data.outputs import differences, write_atomically
 from blip3o_jax.errors import UserError
 
 
@@ -38,16 +38,9 @@ class Parts:
     # Some 256 parts at least, so that as many processes have work, but of few inputs, so that little is done again.
     self.size = min(max(1, inputs // 256), largest)
     self.count, self.inputs = -(-inputs // self.size), inputs
-    facts = json.loads(json.dumps({**facts, "inputs": inputs}))
-    stored = self.out / "job.json"
-    if stored.exists():
-      before = json.loads(stored.read_text())
-      if changed := [key for key in facts if before.get(key) != facts[key]]:
-        key = changed[0]
-        raise UserError(
-          f"{self.out} holds another job: its {key} was {before.get(key)!r:.200}, now it is {facts[key]!r:.200}; "
-          "give another folder"
-        )
+    facts, stored = {**facts, "inputs": inputs}, self.out / "job.json"
+    if stored.exists() and (changed := differences(json.loads(stored.read_text()), facts).values()):
+      raise UserError(f"{self.out} holds another job: its {'; '.join(changed)}; give another folder")
     write_atomically(stored, (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
 
   def unfinished(self) -> list[range]:

@@ -6,7 +6,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from blip3o_jax.data.outputs import write_atomically
+from blip3o_jax.data.outputs import differences, write_atomically
 from blip3o_jax.errors import UserError
 
 # Fields whose value is for their readers to check.
@@ -110,19 +110,15 @@ def claim(workdir: epath.Path, config: ConfigDict, *, write: bool) -> str:
     UserError: the directory belongs to another config (naming the fields that differ).
   """
   path = workdir / "config.json"
-  ours = json.loads(json.dumps(config.to_dict()))  # tuples become lists, as in the file
-  mended = ""
+  ours, changed = config.to_dict(), {}
   if path.exists():
-    theirs = json.loads(path.read_text())
-    a, b = _flat(theirs), _flat(ours)
-    differing = sorted(k for k in a.keys() | b.keys() if k.split(".")[0] not in _FREE and a.get(k) != b.get(k))
-    words = lambda keys: "; ".join(f"{k} was {a.get(k, 'absent')!r}, is {b.get(k, 'absent')!r}" for k in keys)
-    mended = words([k for k in differing if k in _MENDED])
-    if refused := words([k for k in differing if k not in _MENDED]):
+    differing = differences(_flat(json.loads(path.read_text())), _flat(ours))
+    changed = {key: words for key, words in differing.items() if key.split(".")[0] not in _FREE}
+    if refused := "; ".join(words for key, words in changed.items() if key not in _MENDED):
       raise UserError(f"{workdir} was made by another config ({refused}); give another --workdir or the old values")
   if write:
     write_atomically(path, (json.dumps(ours, indent=2, sort_keys=True) + "\n").encode())
-  return mended
+  return "; ".join(changed.values())
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -92,10 +92,10 @@ def test_going_on_draws_what_is_missing(tiny_directory, tmp_path, drawn):
   drawn.clear()
   run(tiny_directory, file, out)
   assert drawn == []
-  with pytest.raises(UserError, match="out holds another job: its seed was 0, now it is 1"):
+  with pytest.raises(UserError, match="out holds another job: its seed was 0, is 1"):
     run(tiny_directory, file, out, seed=1)
   write(file, {"prompt": "another"})
-  with pytest.raises(UserError, match="its prompts was"):
+  with pytest.raises(UserError, match="prompts was"):
     run(tiny_directory, file, out)
 
 
