@@ -46,8 +46,8 @@ again = draw(None, 8)
 alone = noise(None)
 found = {"same": [bool((pixels == again[1]).all() and (whole == again[0]).all())]}
 runs = {"1": lambda: draw(None, 1)} | {f"mesh {n}": lambda m=m: draw(m, 8) for n, m in meshes.items()}
-cut = make_mesh({"data": 1, "fsdp": 2}, devices=jax.devices()[:2])
-runs["fsdp 2"] = lambda: draw(cut, 8)
+cut = make_mesh({"slice": 2, "data": 1, "fsdp": 2}, devices=jax.devices()[:4])
+runs["slice 2, fsdp 2"] = lambda: draw(cut, 8)
 found["noise"] = [bool((noise(mesh) == alone).all()) for mesh in meshes.values()]
 for run, call in runs.items():
   other, drawn = call()

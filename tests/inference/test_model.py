@@ -18,6 +18,7 @@ from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.porting import model_dir
 from blip3o_jax.porting.locate import open_model
 from blip3o_jax.porting.preprocessor import default_preprocessor, open_pictures
+from blip3o_jax.sharding.mesh import AXES
 
 QUICK = {"steps": 2, "decoder_steps": 2}
 PROMPTS = ["a red circle", "two circles"]
@@ -49,6 +50,14 @@ def near(a, b):
 def arrays(model, rows):
   batch = model.prompts.batch([Row(row) for row in rows], draw=True)
   return batch.tokens, batch.mask, batch.positions
+
+
+def test_parts_divide_over_all_that_a_batch_is_cut_over(model):
+  mesh = jax.sharding.AbstractMesh((2, 1, 2, 1), AXES)
+  sliced = Model(model.model, model.params, model.tokenizer, model.pictures, model.sampling, mesh=mesh)
+  assert list(sliced.batches([1, 2, 3, 4, 5], 2)) == [([1, 2, 3, 4], 4), ([5] * 4, 1)]
+  assert list(sliced.batches([1], 8)) == [([1] * 4, 1)]
+  assert list(model.batches([1, 2, 3], 2)) == [([1, 2], 2), ([3, 3], 1)]
 
 
 def ask(*content):
