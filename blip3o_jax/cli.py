@@ -259,14 +259,35 @@ def make_parser() -> argparse.ArgumentParser:
   bench = command("bench", None, "measure").add_subparsers(
     dest="bench_command", required=True, metavar="NAME", parser_class=_Parser
   )
-  step = command("train-step", _bench_train_step, "a training step against that of the release's recipe", bench)
-  step.add_argument("--real", choices=("4b", "8b"), default="", help="at the real sizes (default: smaller networks)")
-  step.add_argument("--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N", help="(default 4)")
-  step.add_argument("--rounds", type=_positive, default=argparse.SUPPRESS, metavar="N", help="timed steps (default 4)")
-  step.add_argument("--out", type=Path, metavar="FILE.json")
-  loading = command("data", _bench_data, "the data pipeline against a plain loop over the same pictures", bench)
+
+  def measure(name, call, help):
+    added = command(name, call, help, bench)
+    added.add_argument("--out", type=Path, metavar="FILE.json")
+    return added
+
+  def sized(added, batch, rounds):
+    added.add_argument("--preset", choices=("4b", "8b"), default="", help="the real sizes (default: some for a CPU)")
+    for option, text in (("batch-size", f"(default {batch})"), ("rounds", f"timed calls (default {rounds})")):
+      added.add_argument(f"--{option}", type=_positive, default=argparse.SUPPRESS, metavar="N", help=text)
+    return added
+
+  sized(measure("train-step", _bench_train_step, "a training step against that of the release's recipe"), 4, 4)
+  loading = measure("data", _bench_data, "the data pipeline against a plain loop over the same pictures")
   loading.add_argument("--processes", type=_positive, default=2, metavar="N", help="measure with 1 and N (default 2)")
-  loading.add_argument("--out", type=Path, metavar="FILE.json")
+  for name, help in (
+    ("dit", "the diffusion transformer, forward, and forward and backward"),
+    ("backbone", "the language model: prompts and queries to the condition"),
+    ("encoder", "the CLIP encoder: pictures to pooled features"),
+    ("decoder", "a step of the UNet, and the VAE's decoding"),
+    ("generate", "whole pictures, one and eight at once"),
+    ("chat", "the first token, and tokens a second"),
+    ("checkpoint", "saving and restoring what trains, beside a plain copy"),
+    ("convert", "the release's layout written and read, beside a plain copy"),
+    ("all", "all of these parts"),
+  ):
+    part = sized(measure(name, _bench_parts, help), "2; of a preset 8", 5)
+    if name not in ("checkpoint", "convert"):
+      part.add_argument("--vs", choices=("torch",), default="", help="beside the release's own building blocks")
 
   evaluation = command("eval", None, "score a model").add_subparsers(
     dest="eval_command", required=True, metavar="BENCHMARK", parser_class=_Parser
@@ -528,7 +549,14 @@ def _inspect(args):
 def _bench_train_step(args):
   from blip3o_jax.benchmarks import train_step
 
-  train_step.run(real=args.real, out=args.out, **_given(args, "batch_size", "rounds"))
+  train_step.run(preset=args.preset, out=args.out, **_given(args, "batch_size", "rounds"))
+
+
+def _bench_parts(args):
+  from blip3o_jax.benchmarks import run
+
+  names = list(run.CASES) if args.bench_command == "all" else [args.bench_command]
+  run.run(names, preset=args.preset, vs=getattr(args, "vs", ""), out=args.out, **_given(args, "batch_size", "rounds"))
 
 
 def _bench_data(args):

@@ -8,10 +8,7 @@ well. Both get the same number of processes; they take turns, and the median of 
 import functools
 import io
 import itertools
-import json
 import multiprocessing
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -21,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from blip3o_jax import benchmarks
 from blip3o_jax.data import pipeline, tars
 from blip3o_jax.data.features import Manifest, pack, write_shard
-from blip3o_jax.data.outputs import write_atomically
 from blip3o_jax.data.tokenizer import load_tokenizer
 from blip3o_jax.porting.locate import find
 
@@ -59,10 +56,8 @@ def run(
     rates = [_features_rate(Path(folder), seconds) for _ in range(rounds)]
     features = statistics.median(rates)
     yield f"1 process: cached features [64, 1792] with their prompts, {features:.1f} samples/s (median of {rounds})"
+  benchmarks.report(out, {"pictures": pictures, "seconds": seconds, "rows": measured, "features": rates})
   if out:
-    machine = {"machine": platform.machine(), "cores": len(os.sched_getaffinity(0))}
-    facts = machine | {"pictures": pictures, "seconds": seconds, "rows": measured, "features": rates}
-    write_atomically(out, (json.dumps(facts, indent=2) + "\n").encode())
     yield str(out)
 
 

@@ -14,7 +14,7 @@ That is 9.4 : 10.1 : 0.7. The figures printed are counted by models.flops.
 Captions are drawn as in the release's data (spec 11.2): 31 of 36 long (about 120 tokens), 5 of 36 short (about 20). The
 longest row of a batch decides its length, so buckets save little on this mixture.
 
-`--real 4b|8b` does the same at the real sizes, in bfloat16, with random weights, on the devices of one host. That has
+`--preset 4b|8b` does the same at the real sizes, in bfloat16, with random weights, on the devices of one host. That has
 not been run so far.
 """
 
@@ -32,6 +32,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from blip3o_jax import benchmarks
+from blip3o_jax.benchmarks import sizes
 from blip3o_jax.data import features, pipeline, tars
 from blip3o_jax.data.features import Manifest
 from blip3o_jax.data.sources import open_source
@@ -47,44 +48,7 @@ from blip3o_jax.training import state, trainer
 from blip3o_jax.training.defaults import complete, default_config
 from blip3o_jax.training.feed import Buckets
 
-_SMALL = {  # overrides of the preset "micro"
-  "backbone": {
-    "text": {
-      "vocab": 13184,
-      "dim": 1024,
-      "layers": 8,
-      "heads": 8,
-      "kv_heads": 2,
-      "head_size": 128,
-      "mlp_dim": 5632,
-      "rope_sections": (16, 24, 24),
-    },
-    "vision": {"out_dim": 1024},
-  },
-  "dit": {
-    "in_channels": 448,
-    "grid": (8, 8),
-    "dim": 448,
-    "layers": 10,
-    "heads": 7,
-    "kv_heads": 7,
-    "ffn_dim": 1280,
-    "condition_dim": 1024,
-    "rope_split": (16, 24, 24),
-  },
-  "clip": {
-    "image_size": 448,
-    "patch_size": 14,
-    "width": 448,
-    "layers": 22,
-    "heads": 4,
-    "mlp_dim": 3840,
-    "pool_stride": 4,
-  },
-  "queries": 64,
-}
 _BUCKETS = (64, 128)
-REAL = {"4b": "blip3o-4b", "8b": "blip3o-8b"}
 _TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # of the losses, relative
 
 
@@ -109,7 +73,7 @@ class Plain(Blip3o):
 
 def run(
   *,
-  real: str = "",
+  preset: str = "",
   batch_size: int = 4,
   rounds: int = 4,
   out: Path | None = None,
@@ -117,14 +81,14 @@ def run(
   """Compare, print and return the figures.
 
   Args:
-    real: "" for the sizes above, or a key of REAL.
+    preset: "" for the sizes above, or a key of sizes.REAL.
     rounds: timed steps of each; every one takes another batch, the same for both.
     out: a JSON file of the figures.
 
   Raises:
     CheckFailed: the losses differ.
   """
-  config = _config(real, batch_size)
+  config = _config(preset, batch_size)
   mesh = make_mesh({"data": 1, "fsdp": -1}, batch_size=batch_size)
   tokenizer = load_tokenizer(open_model("micro").tokenizer_dir())
   with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
@@ -179,11 +143,11 @@ class _Run:
     return self._state, scalars
 
 
-def _config(real: str, batch_size: int) -> ConfigDict:
+def _config(preset: str, batch_size: int) -> ConfigDict:
   config = default_config()
   config.steps, config.batch_size, config.remat = 1000, batch_size, "full"
-  config.compute_dtype = "bfloat16" if real else "float32"
-  config.model = {"preset": REAL[real]} if real else {"preset": "micro", "overrides": _SMALL}
+  config.compute_dtype = sizes.dtype_of(preset)
+  config.model = {"preset": sizes.REAL[preset]} if preset else {"preset": "blip3o-4b", "overrides": sizes.MID}
   return config
 
 

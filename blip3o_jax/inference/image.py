@@ -112,7 +112,7 @@ def picture_keys(seed: int | Sequence[int], pictures: Sequence[int]) -> jax.Arra
   return jax.vmap(fold)(jnp.asarray(seeds, jnp.uint32), jnp.asarray(pictures, jnp.uint32))
 
 
-def _noise(keys: jax.Array, draw: int, shape: tuple[int, ...]) -> jax.Array:
+def picture_noise(keys: jax.Array, draw: int, shape: tuple[int, ...]) -> jax.Array:
   """Unit normal float32 [B, *shape]; row b depends on keys[b] alone."""
   return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, draw), shape))(keys)
 
@@ -153,7 +153,7 @@ def draw_features(
   condition = call(tokens, mask, positions, vision, method="query_states")
   if model.cfg.design == "clip_mse":
     return call(condition, method="regress").astype(jnp.float32)
-  noise = _noise(keys, draw, (*cfg.grid, cfg.in_channels))
+  noise = picture_noise(keys, draw, (*cfg.grid, cfg.in_channels))
   # By size of the batch: one branch, or both. What is not used is not computed.
   conditions = {len(c): c for c in (condition, null_first(condition))}
   projected = {size: call(c, method="project_condition") for size, c in conditions.items()}
@@ -161,6 +161,14 @@ def draw_features(
   settings = {"steps": steps, "guidance": guidance, "shift": shift, "truncate_times": not exact_times}
   x = sample_flow(velocity, noise, **settings, solver=solver, interval=interval).latents
   return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def for_loops(model: Blip3o) -> Blip3o:
+  """The model for a sampler's loop, where on a CPU a product is far faster than a convolution (nn.linear.Conv)."""
+  cfg = model.cfg
+  if target_platform() == "cpu" and isinstance(cfg.unet, UNetConfig):
+    return model.clone(cfg=dataclasses.replace(cfg, unet=dataclasses.replace(cfg.unet, conv_method="matmul")))
+  return model
 
 
 @functools.partial(jax.jit, static_argnames=("model", "steps", "guidance", "solver", "interval", "tile"))
@@ -189,9 +197,7 @@ def draw_pixels(
   """
   cfg = model.cfg
   flow = isinstance(cfg.decoder_process, DPMSolverConfig)
-  if target_platform() == "cpu" and isinstance(cfg.unet, UNetConfig):
-    # See nn.linear.Conv: in a rolled loop a product is far faster there.
-    model = model.clone(cfg=dataclasses.replace(cfg, unet=dataclasses.replace(cfg.unet, conv_method="matmul")))
+  model = for_loops(model)
   call = lambda *args, method: model.apply({"params": params}, *args, method=method)
   both = jnp.concatenate([null, features] if flow else [features, null])  # each sampler has its own order
   contexts = {len(c): c.astype(model.dtype) for c in (features, both)}
@@ -202,7 +208,7 @@ def draw_pixels(
     return call(latents.astype(model.dtype), t, contexts[size], projected[size], method="unet_predict")
 
   side = cfg.image_size // cfg.vae.downsampling
-  noise = _noise(keys, 2, (side, side, cfg.unet.in_channels))
+  noise = picture_noise(keys, 2, (side, side, cfg.unet.in_channels))
   settings = {"steps": steps, "guidance": max(guidance, 1.0) if flow else guidance}
   if flow and solver == "dpm++":
     if interval != (0.0, 1.0):

@@ -24,4 +24,5 @@ def test_the_bench(tmp_path):
   facts = json.loads((tmp_path / "out.json").read_text())
   assert [row["processes"] for row in facts["rows"]] == [1, 2] and lines[-1] == str(tmp_path / "out.json")
   assert len(facts["features"]) == 1 and facts["features"][0] > 10
+  assert {"device", "cores", "jax", "versions", "date"} <= set(facts)
   assert all(row["plain"] > 1 and row["ours"] > 1 for row in facts["rows"])

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from blip3o_jax import benchmarks
-from blip3o_jax.benchmarks import train_step
+from blip3o_jax.benchmarks import sizes, train_step
 from blip3o_jax.cli import main
 from blip3o_jax.errors import CheckFailed
 from blip3o_jax.models import presets
@@ -15,7 +15,7 @@ from blip3o_jax.models import presets
 
 def test_it_compares(monkeypatch, tmp_path, capsys):
   monkeypatch.setattr(jax, "jit", tiny.quick_jit)
-  monkeypatch.setattr(train_step, "_SMALL", tiny.OVERRIDES)
+  monkeypatch.setattr(sizes, "MID", presets.difference(presets.get("blip3o-4b"), tiny.config()))
   monkeypatch.setattr(train_step, "_BUCKETS", ())
   made = lambda config, program, wanted, say: jax.device_put({name: tiny.params()[name] for name in wanted})
   monkeypatch.setattr(train_step.trainer, "initial_params", made)  # compiled otherwise
@@ -36,7 +36,7 @@ def test_other_losses_tell_no_time():
 
 
 def test_sizes_keep_the_proportions_of_the_release():
-  parts = train_step._parts(presets.get("micro", train_step._SMALL), 192)
+  parts = train_step._parts(sizes.architecture(), 192)
   unit = parts["encoder"] / 9.4
   assert parts["backbone"] / unit == pytest.approx(10, abs=0.3) and parts["dit"] / unit == pytest.approx(0.7, abs=0.05)
   real = train_step._parts(presets.get("blip3o-8b"), 192)

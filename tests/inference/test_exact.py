@@ -38,7 +38,7 @@ def draw(mesh, batch_size):
 def noise(mesh):
   keys = image.picture_keys(seeds, np.arange(8))
   keys = keys if mesh is None else jax.device_put(keys, rules.batch_sharding(mesh))
-  return np.asarray(jax.jit(lambda keys: image._noise(keys, 0, (8, 8, 96)))(keys))
+  return np.asarray(jax.jit(lambda keys: image.picture_noise(keys, 0, (8, 8, 96)))(keys))
 
 meshes = {n: make_mesh({"data": n}, devices=jax.devices()[:n]) for n in sizes}
 whole, pixels = draw(None, 8)

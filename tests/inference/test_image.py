@@ -37,7 +37,8 @@ def drawn():
 
 def test_noise_belongs_to_the_picture():
   """Bit for bit, whatever else is in the batch."""
-  noise = lambda seed, pictures, draw=0: np.asarray(image._noise(image.picture_keys(seed, pictures), draw, (4, 4, 3)))
+  keys = image.picture_keys
+  noise = lambda seed, pictures, draw=0: np.asarray(image.picture_noise(keys(seed, pictures), draw, (4, 4, 3)))
   batch = noise(7, np.arange(6))
   for pictures in ([4], [4, 0], [3, 4, 5]):
     np.testing.assert_array_equal(noise(7, np.asarray(pictures))[pictures.index(4)], batch[4])
@@ -74,7 +75,7 @@ def reference_features(prompt, noise, *, steps, guidance, exact, shift=1.0):
 def test_guided_loop(drawn, exact):
   """Null = zeros, guided v = null + 3 (cond - null); times 1000, 666, 333 unless asked for exactly."""
   prompt, pictures = tiny.prompts(LENGTHS, pad_to=16), [0, 1, 5]
-  noise = image._noise(image.picture_keys(0, np.asarray(pictures)), 0, (2, 2, 16))
+  noise = image.picture_noise(image.picture_keys(0, np.asarray(pictures)), 0, (2, 2, 16))
   want = reference_features(prompt, noise, steps=3, guidance=3.0, exact=exact)
   other = reference_features(prompt, noise, steps=3, guidance=3.0, exact=not exact)
   assert relative_error(want, other) > 1e-3  # so that the next line can tell them apart
@@ -83,14 +84,14 @@ def test_guided_loop(drawn, exact):
 
 def test_guidance_one_is_the_condition_alone():
   prompt = tiny.prompts([5], pad_to=5)
-  noise = image._noise(image.picture_keys(0, np.asarray([2])), 0, (2, 2, 16))
+  noise = image.picture_noise(image.picture_keys(0, np.asarray([2])), 0, (2, 2, 16))
   want = reference_features(prompt, noise, steps=2, guidance=1.0, exact=False)
   assert relative_error(draw(prompt, [2], steps=2, guidance=1.0), want) < 1e-4
 
 
 def test_shift_moves_the_steps():
   prompt = tiny.prompts([5], pad_to=5)
-  noise = image._noise(image.picture_keys(0, np.asarray([2])), 0, (2, 2, 16))
+  noise = image.picture_noise(image.picture_keys(0, np.asarray([2])), 0, (2, 2, 16))
   want = reference_features(prompt, noise, steps=3, guidance=3.0, exact=True, shift=4.0)
   assert relative_error(draw(prompt, [2], shift=4.0, exact_times=True), want) < 1e-4
 
@@ -141,7 +142,7 @@ def reference_pixels(features, null, keys, steps, guidance):
   alpha = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
   times = np.arange(steps)[::-1] * (1000 // steps) + 1
   sigmas = np.append(np.sqrt((1 - alpha[times]) / alpha[times]), 0)
-  x = np.asarray(image._noise(keys, 2, (4, 4, 4)), np.float64) * np.sqrt(sigmas[0] ** 2 + 1)
+  x = np.asarray(image.picture_noise(keys, 2, (4, 4, 4)), np.float64) * np.sqrt(sigmas[0] ** 2 + 1)
   for i, t in enumerate(times):
     scaled = x / np.sqrt(sigmas[i] ** 2 + 1)
     run = lambda context, x=scaled, t=t: np.asarray(

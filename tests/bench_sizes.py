@@ -1,0 +1,45 @@
+"""The sizes of the benchmarks in miniature, of the release's structure: what torch's building blocks can follow."""
+
+MID = {
+  "backbone": {
+    "text": {
+      "vocab": 640,
+      "dim": 64,
+      "layers": 1,
+      "heads": 4,
+      "kv_heads": 2,
+      "head_size": 16,
+      "mlp_dim": 64,
+      "rope_sections": (2, 3, 3),
+      "tie_embeddings": False,
+    },
+    "vision": {"dim": 32, "layers": 2, "heads": 2, "mlp_dim": 32, "full_layers": (1,), "out_dim": 64},
+    "image_token": 635,
+    "video_token": 636,
+    "vision_start": 633,
+    "vision_end": 634,
+  },
+  "dit": {
+    "in_channels": 32,
+    "grid": (2, 2),
+    "dim": 32,
+    "layers": 2,
+    "heads": 2,
+    "kv_heads": 2,
+    "ffn_dim": 64,
+    "condition_dim": 64,
+  },
+  "clip": {"image_size": 16, "patch_size": 4, "width": 32, "layers": 2, "heads": 2, "mlp_dim": 64, "pool_stride": 2},
+  "unet": {
+    "block_out_channels": (32,),
+    "layers_per_block": 1,
+    "depths": (1,),
+    "mid_depth": 1,
+    "heads": (2,),
+    "context_dim": 32,
+    "time_id_size": 8,
+  },
+  "vae": {"block_out_channels": (32,), "layers_per_block": 1},
+  "queries": 4,
+  "image_size": 8,
+}
