@@ -87,8 +87,6 @@ if __name__ == "__main__":
 
   jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
   jax.config.update("jax_default_matmul_precision", "highest")
-  # Two programs under way at once can wait for each other's threads where eight devices share one core.
-  jax.config.update("jax_cpu_enable_async_dispatch", False)
   distributed.start()
   trainer.open_loader, trainer.export = open_loader, lambda *args: None
   try:

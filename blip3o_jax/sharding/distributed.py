@@ -40,6 +40,7 @@ def start() -> None:
       jax.distributed.initialize(initialization_timeout=300)
     else:
       _use_all_cores()
+    _spare_threads()
   except KeyError as error:
     raise UserError(f"{_COORDINATOR} is set but {error.args[0]} is not; set all three or none") from error
   except (RuntimeError, ValueError) as error:  # nobody there, or numbers that are none
@@ -54,6 +55,16 @@ def _use_all_cores() -> None:
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
   except RuntimeError:  # the back end runs already: a notebook or a test; keep what it has
     pass
+
+
+def _spare_threads() -> None:
+  """XLA's CPU back end runs independent collectives of a program at once, and each blocks a thread until its partners
+  come. Where simulated devices outnumber cores its pool has one thread a device: on a mesh of three axes every thread
+  came to wait for a collective whose partners had none left. Has no effect once the back end runs.
+  """
+  devices = jax.config.jax_num_cpu_devices
+  if devices > len(os.sched_getaffinity(0)):
+    os.environ.setdefault("PJRT_NPROC", str(4 * devices))
 
 
 def barrier(name: str, timeout_s: float = 600.0) -> None:

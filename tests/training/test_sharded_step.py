@@ -92,7 +92,6 @@ def finish(processes):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="collectives of eight devices on fewer cores wait for each other on slice=2 fsdp=2 tensor=2")
 def test_the_real_model_on_every_mesh(tmp_path):
   """The generation stage, 50 steps in float32: on one device, eight cut in every way, two processes of four. One of the
   cuts draws samples on the way, which changes no loss either.
