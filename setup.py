@@ -43,7 +43,7 @@ EXTRAS = {
   # The PyTorch baselines and the recordings; the CPU build is enough.
   "torch": ["torch>=2.6", "diffusers>=0.35"],
   "tensorboard": ["tensorflow>=2.18", "tensorboard>=2.18"],
-  "demo": ["gradio>=5"],
+  "demo": ["gradio>=6"],  # the web page; fastapi and uvicorn come with it
   "test": [
     "safetensors>=0.5",
     "pytest>=8",
@@ -53,6 +53,8 @@ EXTRAS = {
     "jax[tpu]>=0.8",  # libtpu, the TPU compiler: tests compile for TPUs on any Linux machine, without one
     "nbclient>=0.10",  # runs the notebooks
     "ipykernel>=6.29",
+    "gradio>=6",  # the web page, and what drives a browser to it
+    "selenium>=4.20",
   ],
 }
 

@@ -185,6 +185,11 @@ def make_parser() -> argparse.ArgumentParser:
   reconstruct.add_argument("--image", required=True, type=Path, metavar="FILE")
   reconstruct.add_argument("--out", required=True, type=Path, metavar="DIR")
 
+  demo = command("demo", _demo, "serve a web page to draw, talk and edit; needs pip install 'blip3o_jax[demo]'")
+  model(demo)
+  demo.add_argument("--host", default="127.0.0.1", help="(default 127.0.0.1: this machine alone; 0.0.0.0: the network)")
+  demo.add_argument("--port", type=_port, default=7860, help="(default 7860; 0: a free one, which is printed)")
+
   convert = command("convert", _convert, "weights of the PyTorch release in, or out again")
   convert.add_argument(
     "--from",
@@ -354,6 +359,12 @@ def _positive(text: str) -> int:
   return value
 
 
+def _port(text: str) -> int:
+  if not 0 <= (value := int(text)) < 65536:
+    raise argparse.ArgumentTypeError(f"{text} is not within 0 to 65535")
+  return value
+
+
 def _setting(text: str) -> tuple[str, object]:
   name, equals, value = text.partition("=")
   if not equals:
@@ -479,6 +490,12 @@ def _reconstruct(args):
   path = args.out / f"{args.image.stem}.png"
   write_atomically(path, encode_png(load(args.model, **_given(args, "compile_cache")).reconstruct(args.image)[0]))
   print(path)
+
+
+def _demo(args):
+  from blip3o_jax.apps import demo
+
+  demo.run(args.model, args.host, args.port, **_given(args, "compile_cache"))
 
 
 def _convert(args):

@@ -80,6 +80,9 @@ def test_a_bug_keeps_its_traceback(replace, error):
     ["generate", "--model", "m", "--out", "o", "--prompt", "a", "--prompts", "b"],
     ["generate", "--model", "m", "--out", "o", "--prompt", "a", "--num", "0"],
     ["generate", "--model", "m", "--out", "o", "--prompt", "a", "--step", "3"],
+    ["demo", "--model", "m", "--port", "65536"],
+    ["demo", "--model", "m", "--port", "-1"],
+    ["demo", "--model", "m", "--share"],
     ["data"],
     ["eval", "shapes", "--model", "m", "--out", "o", "--split", "other"],
   ],
@@ -105,6 +108,14 @@ def test_train_reads_the_config_and_its_overrides(replace, tmp_path, capsys):
   assert "did you mean steps" in capsys.readouterr().err and len(called) == 1
   assert run("train", "--config", file, "--workdir", "w", "--profile", "5") == 0 and called[1][0].profile == 5
   assert started == [0, 1]  # before either, and not for the slip
+
+
+def test_demo_passes_on_where_to_listen(replace):
+  called = []
+  replace("blip3o_jax.apps.demo", run=lambda *args, **options: called.append((*args, options)))
+  assert run("demo", "--model", "micro") == 0
+  assert run("demo", "--model", "m", "--host", "0.0.0.0", "--port", "0", "--compile-cache", "c") == 0
+  assert called == [("micro", "127.0.0.1", 7860, {}), ("m", "0.0.0.0", 0, {"compile_cache": "c"})]
 
 
 class FakeModel:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from blip3o_jax.data import templates
+from blip3o_jax.errors import UserError
 from blip3o_jax.inference.model import Model
 from blip3o_jax.inference.prompts import Message, Picture, shown
 
@@ -36,6 +37,8 @@ class Dialogue:
 
   def draw(self, text: str, images: Sequence[Picture] = (), **settings) -> np.ndarray:
     """A picture, uint8 [H, W, 3], of a caption in the light of all before; `settings` are those of `Model.generate`."""
+    if not text.strip():
+      raise UserError("the prompt is empty; say what to draw")
     asked = self._with(templates.worded(text, self.model.sampling.wording), images)
     ((picture,),) = self.model.generate(asked, **settings)
     self.messages = [*asked, {"role": "assistant", "content": [picture]}]

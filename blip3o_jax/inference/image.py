@@ -6,6 +6,7 @@ same in any batch. Order of the draws as in the release (spec 6.5): DiT noise, D
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,13 @@ from blip3o_jax.nn.attention import target_platform
 DECODER_NULLS = ("generated", "image", "zeros")
 DECODER_SOLVERS = (*SOLVERS, "dpm++")
 _MOST_STEPS, _MOST_GUIDANCE = 1000, 100.0
+_KINDS = {  # of settings: what is taken for one, and its name
+  int: (numbers.Integral, "a whole number"),
+  float: (numbers.Real, "a number"),
+  bool: (bool, "true or false"),
+  str: (str, "a word"),
+  tuple: ((list, tuple), "two noise levels, [low, high]"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +69,12 @@ class Sampling:
   wording: str = "release"
 
   def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value, kind = getattr(self, field.name), type(field.default)
+      takes, words = _KINDS[kind]
+      if not isinstance(value, takes) or isinstance(value, bool) != (kind is bool):
+        raise UserError(f"{field.name} is {value!r}; give {words}")
+      object.__setattr__(self, field.name, kind(value))  # 3 and 3.0 would be two programs, and JSON has lists
     if not (1 <= self.steps <= _MOST_STEPS and 1 <= self.decoder_steps <= _MOST_STEPS):
       raise UserError(f"steps are {self.steps} and {self.decoder_steps}; take 1 to {_MOST_STEPS} of each")
     for name in ("guidance", "decoder_guidance"):
@@ -69,10 +83,9 @@ class Sampling:
     if not 0 < self.shift <= _MOST_GUIDANCE:
       raise UserError(f"shift is {self.shift}; take more than 0 and up to {_MOST_GUIDANCE:.0f}")
     for name in ("guidance_interval", "decoder_interval"):
-      ends = tuple(getattr(self, name))  # JSON has lists
-      if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
+      ends = getattr(self, name)
+      if len(ends) != 2 or any(isinstance(end, str) for end in ends) or not 0 <= ends[0] <= ends[1] <= 1:
         raise UserError(f"{name} is {list(ends)}; give two noise levels, 0 <= low <= high <= 1")
-      object.__setattr__(self, name, ends)
     for name, known in (("solver", SOLVERS), ("decoder_solver", DECODER_SOLVERS), ("decoder_null", DECODER_NULLS)):
       if getattr(self, name) not in known:
         raise UserError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
@@ -106,8 +119,8 @@ def picture_keys(seed: int | Sequence[int], pictures: Sequence[int]) -> jax.Arra
     UserError: a seed that is no whole number of 32 bits.
   """
   seeds, pictures = np.broadcast_arrays(np.asarray(seed), np.asarray(pictures))
-  if seeds.dtype.kind not in "iu" or seeds.size and not 0 <= seeds.min() <= seeds.max() < 2**32:
-    raise UserError(f"seed {seed} is no whole number from 0 to 2^32 - 1")
+  if wrong := [s for s in seeds.ravel().tolist() if type(s) is not int or not 0 <= s < 2**32]:
+    raise UserError(f"seed {wrong[0]} is no whole number from 0 to 2^32 - 1")
   fold = lambda s, picture: jax.random.fold_in(jax.random.key(s), picture)
   return jax.vmap(fold)(jnp.asarray(seeds, jnp.uint32), jnp.asarray(pictures, jnp.uint32))
 

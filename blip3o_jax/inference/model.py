@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -125,7 +125,7 @@ class Model:
     if len(seeds) != len(requests):
       raise UserError(f"{len(seeds)} seeds for {len(requests)} prompts; give one, or one for each")
     self._need(*DESIGNS[self.model.cfg.design])
-    rows = [_told(i, self.row_to_draw, request, sampling) for i, request in enumerate(requests)]
+    rows = _rows(self.row_to_draw, requests, sampling)
     work = [(p, i) for p in range(len(rows)) for i in range(num)]
     pictures: list[list[np.ndarray]] = [[] for _ in rows]
     for part, real in self.batches(work, self.batch_size):
@@ -211,10 +211,7 @@ class Model:
     """
     requests, single = _listed_requests(messages)
     sampling = self.talk_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-    if single:
-      rows = [self.prompts.to_answer(requests[0])]
-    else:
-      rows = [_told(i, self.prompts.to_answer, request) for i, request in enumerate(requests)]
+    rows = _rows(self.prompts.to_answer, requests)
     if stream:
       pieces = self._stream(rows, seed, sampling)
       return (row[0] for row in pieces) if single else pieces
@@ -395,12 +392,15 @@ def replaced(sampling: drawing.Sampling, changes: Mapping[str, Any]) -> drawing.
   return dataclasses.replace(sampling, **changes)
 
 
-def _told(number: int, make, *args) -> Any:
-  """`make(*args)`; its errors say which prompt they mean."""
-  try:
-    return make(*args)
-  except UserError as error:
-    raise UserError(f"prompt {number}: {error}") from None
+def _rows(make: Callable, requests: Sequence, *args) -> list[Row]:
+  """`make(request, *args)` of each; where there are several, errors say which one they mean."""
+  rows = []
+  for i, request in enumerate(requests):
+    try:
+      rows.append(make(request, *args))
+    except UserError as error:
+      raise (UserError(f"prompt {i}: {error}") if len(requests) > 1 else error) from None
+  return rows
 
 
 def _listed(images: Picture | Sequence[Picture]) -> list[Picture]:

@@ -102,6 +102,7 @@ def test_a_second_prompt_compiles_nothing(tiny_directory, compiled):
   compiled.clear()
   model.generate("two blue squares", num=2, seed=9)
   model.generate(["a red circle", "a green cross"], seed=[1, 2])
+  model.generate("a red circle", num=2, guidance=3)  # its own, 3.0, as a page or JSON may say it
   assert compiled == []
   model.chat("what is red?", max_new_tokens=5)
   compiled.clear()

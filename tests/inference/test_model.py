@@ -168,12 +168,19 @@ def test_bad_input_is_told_in_one_line(model, picture, directory, tmp_path):
   (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
   clip_only = with_params(model, "clip")
   cases = [
-    (lambda: model.generate(" "), "prompt 0: the prompt is empty"),
+    (lambda: model.generate(" "), "^the prompt is empty"),
+    (lambda: model.generate("a circle", seed=-1), "^seed -1 is no whole number from 0"),
+    (lambda: model.generate(["a", "b"], seed=[0, 2**32]), "^seed 4294967296 is no"),
+    (lambda: model.generate("a circle", seed=1.5), "^seed 1.5 is no"),
     (lambda: model.generate(["a circle", ""]), "prompt 1: the prompt is empty"),
     (lambda: model.generate("a circle", num=0), "num is 0"),
     (lambda: model.generate("a circle", brightness=2), "setting 'brightness' is unknown; there are steps"),
     (lambda: model.generate("a circle", steps=0), "steps are 0"),
     (lambda: model.generate("a circle", decoder_steps=2000), "steps are 2 and 2000; take 1 to 1000"),
+    (lambda: model.generate("a circle", steps=2.5), "steps is 2.5; give a whole number"),
+    (lambda: model.generate("a circle", guidance="much"), "guidance is 'much'; give a number"),
+    (lambda: model.generate("a circle", exact_times=1), "exact_times is 1; give true or false"),
+    (lambda: model.generate("a circle", guidance_interval=["low", "high"]), "give two noise levels"),
     (lambda: model.generate("a circle", wording="poem"), "'poem'"),
     (lambda: model.reconstruct(picture, brightness=2), "setting 'brightness' is unknown"),
     (lambda: model.reconstruct(tmp_path / "none.png"), "none.png: no such image"),

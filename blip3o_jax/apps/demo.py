@@ -1,0 +1,263 @@
+"""`blip3o demo`: a web page on which to draw, talk and edit with one model. Needs Gradio, the extra `[demo]`.
+
+All that the page is made of comes from this machine (no fonts or scripts from elsewhere, no telemetry, no tunnel), so
+it works on a closed network. Requests take turns on the device. What is uploaded and drawn lies in a temporary folder
+that goes when the server ends.
+"""
+
+import functools
+import os
+import random
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from blip3o_jax.apps.buttons import MOST_PICTURES, Buttons
+from blip3o_jax.data import shapes
+from blip3o_jax.errors import UserError
+from blip3o_jax.inference.model import Model, load
+from blip3o_jax.inference.prompts import bucket
+
+_PRIVATE = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+_PROMPTS = (
+  "a red panda reading a newspaper in a small café",
+  "a lighthouse on a cliff in a storm, oil painting",
+  "a bowl of ramen on a wooden table, seen from above",
+  "a paper boat on a calm lake at dawn",
+)
+_QUESTIONS = ("What is in this picture?", "Which colours do you see?")
+_INSTRUCTIONS = ("Make it a watercolour.", "The same place at night.")
+_SHAPES_PROMPTS = (
+  "a purple circle and an orange square",
+  "three circles",
+  "a red cross on a white background",
+  "a yellow circle above a blue square",
+  "three orange triangles on a gray background",
+)
+_SHAPES_QUESTIONS = ("what colour is the circle?", "how many squares are there?")
+_SHAPES_INSTRUCTIONS = ("a yellow circle", "a green circle and an orange square")
+
+
+def run(model_name: str | Path, host: str, port: int, compile_cache: str | Path | None = None) -> None:
+  """Serve the page until Ctrl-C.
+
+  Args:
+    model_name: whatever `inference.model.load` takes. port: 0 takes a free one; the address is printed.
+
+  Raises:
+    UserError: Gradio is missing, the address cannot be had, or the model cannot be opened.
+  """
+  with tempfile.TemporaryDirectory(prefix="blip3o-demo-") as folder:
+    os.environ |= {**_PRIVATE, "GRADIO_TEMP_DIR": folder}  # read when gradio is imported
+    try:
+      import gradio  # noqa: F401
+    except ImportError:
+      raise UserError("the page needs Gradio: pip install 'blip3o_jax[demo]'") from None
+    with _listen(host, port) as listening:
+      try:
+        model = load(model_name, compile_cache=compile_cache)
+        print("compiling what the page needs; it opens when that is done ...", flush=True)
+        print(f"compiled in {warm_up(model):.0f} s", flush=True)
+        _serve(page(Buttons(model, Path(folder))), listening)
+      except KeyboardInterrupt:
+        print("closed", flush=True)
+
+
+def warm_up(model: Model) -> float:
+  """Compile what first requests need; returns the seconds. What the model cannot do is printed.
+
+  Raises:
+    UserError: it has no language model, which all of the page needs.
+  """
+  start = time.perf_counter()
+  model.talk_settings()
+  prompts, questions, instructions = examples(model)
+  side = model.model.cfg.image_size
+  picture = np.full((side, side, 3), 128, np.uint8)
+  lengths = {bucket(len(model.row_to_draw(prompt, model.sampling).tokens)): prompt for prompt in prompts}
+  for what, work in (
+    ("draw", lambda: [model.generate(prompt) for prompt in lengths.values()]),
+    ("answer questions on pictures", lambda: model.chat([{"role": "user", "content": [picture, questions[0]]}])),
+    ("edit pictures", lambda: model.edit(picture, instructions[0])),
+    ("reconstruct pictures", lambda: model.reconstruct(picture)),
+  ):
+    try:
+      work()
+    except UserError as error:
+      print(f"this model cannot {what}: {error}", flush=True)
+  return time.perf_counter() - start
+
+
+def examples(model: Model) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+  """Prompts, questions and instructions that suit the model; the world of shapes is known by its small pictures."""
+  if model.model.cfg.image_size == shapes.SIZE:
+    return _SHAPES_PROMPTS, _SHAPES_QUESTIONS, _SHAPES_INSTRUCTIONS
+  return _PROMPTS, _QUESTIONS, _INSTRUCTIONS
+
+
+def _listen(host: str, port: int) -> socket.socket:
+  try:
+    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+  except OSError as error:
+    raise UserError(
+      f"cannot listen on {host}, port {port} ({error.strerror}); give another --host or --port, 0 takes a free port"
+    ) from None
+
+
+def _serve(blocks, listening: socket.socket) -> None:
+  import fastapi
+  import gradio
+  import uvicorn
+
+  # Mounted by ourselves, not by gradio's launch(): that looks for tunnels and updates, and waits long for open pages
+  # when it ends.
+  app = gradio.mount_gradio_app(
+    fastapi.FastAPI(openapi_url=None),
+    blocks,
+    path="/",
+    theme=_theme(),
+    css=_CSS,
+    footer_links=[],
+    ssr_mode=False,
+    pwa=False,
+    mcp_server=False,
+    enable_monitoring=False,
+  )
+  host, port = listening.getsockname()[:2]
+  print(f"open http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
+  server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+  server.run(sockets=[listening])
+
+
+# ---- the page
+
+
+def page(buttons: Buttons):
+  """The page, a gradio.Blocks: three tabs, and under them the settings that all of them draw with."""
+  import gradio
+
+  model = buttons.model
+  prompts, questions, instructions = examples(model)
+  with gradio.Blocks(analytics_enabled=False, title="BLIP3-o", delete_cache=(3600, 86400)) as blocks:
+    gradio.HTML(f"<h1>BLIP3-o</h1><p>Draw with <b>{model.name}</b>, ask it, change what it drew.</p>", elem_id="head")
+    with gradio.Accordion("Settings of all that is drawn", open=False, render=False) as settings:
+      with gradio.Row():
+        seed = gradio.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120)
+        guidance = gradio.Slider(0, 20, model.sampling.guidance, step=0.5, label="Guidance", min_width=200)
+        most = max(100, model.sampling.steps)
+        steps = gradio.Slider(1, most, model.sampling.steps, step=1, label="Steps", elem_id="steps", min_width=200)
+      another = gradio.Button("Another seed", size="sm")
+      gradio.HTML("The same seed draws the same pictures. New guidance or steps compile first.", elem_classes="note")
+    drawing = [seed, guidance, steps]
+    on = functools.partial(_on, buttons)
+    with gradio.Tab("Draw"):
+      with gradio.Row():
+        with gradio.Column(scale=2, min_width=300):
+          prompt = gradio.Textbox(label="Prompt", placeholder=prompts[0], lines=2, max_lines=8, elem_id="prompt")
+          num = gradio.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures", elem_id="num")
+          draw = gradio.Button("Draw", variant="primary", elem_id="draw")
+          status = gradio.HTML(elem_id="draw-status")
+        with gradio.Column(scale=3, min_width=300):
+          gallery = gradio.Gallery(
+            show_label=False, columns=2, object_fit="contain", height="auto", elem_id="gallery", interactive=False,
+            buttons=["download", "download_all", "fullscreen"],
+          )  # fmt: skip
+      gradio.Examples([[words] for words in prompts], prompt, label="For example")
+      inputs, parts = [prompt, num, *drawing], {"gallery": gallery, "status": status}
+      on([draw.click, prompt.submit], buttons.draw, inputs, parts)
+
+    with gradio.Tab("Talk"):
+      talk = gradio.State()
+      hint = f"Show it a picture and ask: *{questions[0]}*<br>Or say what to draw next: *{prompts[0]}*"
+      chat = gradio.Chatbot(show_label=False, height="22rem", buttons=[], placeholder=hint, elem_id="chat")
+      asked = gradio.MultimodalTextbox(
+        show_label=False, placeholder="Ask, or say what to draw next", file_count="multiple",
+        submit_btn=False, elem_id="asked",
+      )  # fmt: skip
+      with gradio.Row():
+        say = gradio.Button("Answer", variant="primary", elem_id="say", min_width=100)
+        draw = gradio.Button("Draw", elem_id="draw-next", min_width=100)
+      status = gradio.HTML(elem_id="talk-status")
+      parts = {"chat": chat, "asked": asked, "talk": talk, "status": status}
+      on([say.click, asked.submit], buttons.say, [asked, talk], parts)
+      on([draw.click], buttons.draw_next, [asked, talk, *drawing], parts)
+      chat.clear(lambda: (None, ""), outputs=[talk, status], api_visibility="private")
+
+    with gradio.Tab("Edit"):
+      with gradio.Row():
+        picture = gradio.Image(label="Picture", sources=["upload", "clipboard"], height="20rem", elem_id="picture")
+        # The file as it came: what is wrong with it is then told in our words.
+        picture.preprocess = lambda upload: upload.path if upload else None
+        edited = gradio.Image(
+          label="Drawn anew", interactive=False, height="20rem", elem_id="edited", buttons=["download"]
+        )
+      instruction = gradio.Textbox(label="Instruction", placeholder=instructions[0], elem_id="instruction")
+      with gradio.Row():
+        edit = gradio.Button("Edit", variant="primary", elem_id="edit")
+        again = gradio.Button("Reconstruct", elem_id="reconstruct")
+      status = gradio.HTML(elem_id="edit-status")
+      gradio.Examples([[words] for words in instructions], instruction, label="For example")
+      gradio.HTML(
+        "An instruction is followed as far as the model has learned to: no editing data exists for BLIP3-o. "
+        "Reconstruct draws the picture again from its CLIP features.", elem_classes="note",
+      )  # fmt: skip
+      parts = {"edited": edited, "status": status}
+      on([edit.click, instruction.submit], buttons.edit, [picture, instruction, *drawing], parts)
+      on([again.click], buttons.reconstruct, [picture, seed], parts)
+
+    settings.render()
+    another.click(lambda: random.randrange(2**32), outputs=seed, api_visibility="private")
+  return blocks
+
+
+def _on(buttons: Buttons, events, work, inputs, parts) -> None:
+  """Let events start `work`. All work is one at a time: the device has room for one."""
+  import gradio
+
+  def said(*values):
+    for news in buttons.spoken(work, *values):
+      yield {parts[name]: value for name, value in news.items()}
+
+  gradio.on(
+    events,
+    said,
+    inputs,
+    list(parts.values()),
+    show_progress="minimal",
+    show_progress_on=parts["status"],
+    concurrency_limit=1,
+    concurrency_id="device",
+    api_visibility="private",
+  )
+
+
+def _theme():
+  import gradio
+
+  font = [gradio.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"]
+  return gradio.themes.Default(primary_hue="teal", neutral_hue="stone", radius_size="lg", font=font)
+
+
+_CSS = """
+.gradio-container { max-width: 1040px !important; width: 100%; margin: 0 auto !important; }
+#head h1 { font-weight: 700; font-size: 1.8rem; letter-spacing: -0.02em; margin: 0.5rem 0 0; }
+#head p { color: var(--body-text-color-subdued); margin: 0.1rem 0 0; }
+.note, .note * { color: var(--body-text-color-subdued) !important; font-size: var(--text-sm); }
+#chat img { width: 11rem; height: 11rem; object-fit: contain; }
+#chat .placeholder { text-align: center; padding: 1rem; }
+#chat button[title="Share"], #chat button[aria-label="Share"] { display: none; }
+#picture img, #edited img { width: 100%; height: 100%; object-fit: contain; }
+#gallery .grid-wrap { max-height: none !important; overflow: visible; }
+.line { min-height: 1.6rem; display: flex; gap: 0.8rem; align-items: center; }
+.line span { color: var(--body-text-color-subdued) !important; }
+.line.wrong span { color: #b42318 !important; }
+.dark .line.wrong span { color: #fda29b !important; }
+.line progress { appearance: none; flex: 1 1 5rem; max-width: 14rem; height: 0.4rem; border: 0; border-radius: 1rem;
+  overflow: hidden; background: var(--border-color-primary); }
+.line progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.line progress::-webkit-progress-value { background: var(--color-accent); transition: width 0.4s; }
+.line progress::-moz-progress-bar { background: var(--color-accent); }
+"""
