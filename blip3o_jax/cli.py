@@ -347,22 +347,16 @@ class _Parser(argparse.ArgumentParser):
     self.exit(EXIT_USAGE, f"blip3o: {' '.join(message.split())}\n")
 
 
-def _count(text: str) -> int:
-  if (value := int(text)) < 0:
-    raise argparse.ArgumentTypeError(f"{text} is below 0")
-  return value
+def _whole(low: int, high: float = float("inf")):
+  def number(text: str) -> int:
+    if not low <= (value := int(text)) <= high:
+      raise argparse.ArgumentTypeError(f"{text} is {f'below {low}' if value < low else f'above {high}'}")
+    return value
+
+  return number
 
 
-def _positive(text: str) -> int:
-  if (value := int(text)) < 1:
-    raise argparse.ArgumentTypeError(f"{text} is below 1")
-  return value
-
-
-def _port(text: str) -> int:
-  if not 0 <= (value := int(text)) < 65536:
-    raise argparse.ArgumentTypeError(f"{text} is not within 0 to 65535")
-  return value
+_count, _positive, _port = _whole(0), _whole(1), _whole(0, 65535)
 
 
 def _setting(text: str) -> tuple[str, object]:
