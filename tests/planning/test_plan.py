@@ -172,5 +172,3 @@ def test_the_8b_compiles_for_a_pod():
   found = plan.make(load_config("configs/pretrain_8b.py"), "v5e:16x16")
   assert found.fits and found.costs[0].compile_seconds < 480
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 < 12
-  guess = estimate.estimate(load_config("configs/pretrain_8b.py"), found.topology, "train")
-  assert guess.peak == pytest.approx(found.peak, rel=0.1)
