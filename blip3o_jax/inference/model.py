@@ -167,7 +167,7 @@ class Model:
     for part, real in self.batches(pixels, self.batch_size):
       features = self._run(drawing.encode_features, np.stack(part))
       keys = drawing.picture_keys(seed, np.zeros(len(part), int))  # picture 0 of each, whatever lies beside it
-      out += list(np.asarray(self._decode(features, self._blank_features(features), keys, sampling)))[:real]
+      out += list(whole(self._decode(features, self._blank_features(features), keys, sampling)))[:real]
     return out
 
   def features(self, images: Picture | Sequence[Picture]) -> np.ndarray:
@@ -175,7 +175,7 @@ class Model:
     self._need("clip")
     pixels, out = [self._clip_pixels(x) for x in _listed(images)], []
     for part, real in self.batches(pixels, self.batch_size):
-      out.append(np.asarray(self._run(drawing.encode_features, np.stack(part)))[:real])
+      out.append(whole(self._run(drawing.encode_features, np.stack(part)))[:real])
     return np.concatenate(out) if out else np.zeros((0, math.prod(self.model.cfg.dit.grid), self.model.cfg.clip.width))
 
   def warm_up(self, *, num: int = 1, prompt: str = "a picture", **settings) -> float:
@@ -307,8 +307,7 @@ class Model:
     """A compiled program on the model: the rows of every array go over the mesh; numbers and settings as they are."""
     place = lambda x: x
     if self.mesh is not None:
-      sharding = rules.batch_sharding(self.mesh)
-      place = lambda x: jax.device_put(x, sharding) if np.ndim(x) else x
+      place = functools.partial(_placed, sharding=rules.batch_sharding(self.mesh))
     arrays = jax.tree.map(place, arrays)
     if "vision" in settings:
       settings["vision"] = jax.tree.map(place, settings["vision"])
@@ -390,6 +389,16 @@ def replaced(sampling: drawing.Sampling, changes: Mapping[str, Any]) -> drawing.
   if unknown := sorted(set(changes) - set(fields)):
     raise UserError(f"sampling setting {unknown[0]!r} is unknown; there are {', '.join(fields)}")
   return dataclasses.replace(sampling, **changes)
+
+
+def _placed(x, sharding: jax.sharding.NamedSharding):
+  """The rows of an array, of random keys too, over a mesh that may span several processes; numbers as they are."""
+  if not np.ndim(x):
+    return x
+  if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    # device_put takes keys to devices of its own process alone.
+    return jax.random.wrap_key_data(jax.device_put(jax.random.key_data(x), sharding))
+  return jax.device_put(x, sharding)
 
 
 def _rows(make: Callable, requests: Sequence, *args) -> list[Row]:
