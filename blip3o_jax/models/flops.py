@@ -1,20 +1,23 @@
 """Floating-point operations of a forward pass, by part, for one example, as functions of configs and lengths.
 
 Products alone are counted (matrix products, convolutions, the two products of attention), two operations for a multiply
-and an add; norms, activations and tables are left out. Attention counts every pair of query and key, masked or not, as
-model FLOP/s utilisation is usually stated (Chowdhery et al. 2022, arXiv 2204.02311, appendix B). What a backward pass
-costs is `training_flops`.
+and an add; norms, activations, tables and depthwise convolutions are left out. Attention counts every pair of query and
+key, masked or not, as model FLOP/s utilisation is usually stated (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
+What a backward pass costs is `training_flops`.
 """
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 
+from blip3o_jax.models.autoencoder_dc import AutoencoderDCConfig, DCLevel
 from blip3o_jax.models.autoencoder_kl import AutoencoderKLConfig
 from blip3o_jax.models.blip3o import BackboneConfig
 from blip3o_jax.models.eva_clip import EvaClipConfig
 from blip3o_jax.models.next_dit import TIME_FEATURES, NextDiTConfig
 from blip3o_jax.models.qwen2_5_vl import Qwen25VLConfig, VisionConfig
 from blip3o_jax.models.qwen3_siglip import Qwen3SiglipConfig
+from blip3o_jax.models.sana import TIME_FEATURES as SANA_TIME_FEATURES
+from blip3o_jax.models.sana import SanaConfig
 from blip3o_jax.models.siglip import SiglipConfig
 from blip3o_jax.models.text_decoder import TextDecoderConfig
 from blip3o_jax.models.text_tower import TextTowerConfig
@@ -53,6 +56,11 @@ def matmul(rows: float, *widths: int) -> float:
 def attention(queries: int, keys: int, width: int) -> float:
   """Scores and weighted sums, `width` = heads * head size of the queries."""
   return 4.0 * queries * keys * width
+
+
+def linear_attention(length: int, width: int, head_size: int) -> float:
+  """Attention whose sums over keys are taken first."""
+  return 2.0 * length * width * (2 * head_size + 1)
 
 
 def text_decoder(cfg: TextDecoderConfig, length: int, cached: int = 0) -> float:
@@ -131,8 +139,28 @@ def next_dit(cfg: NextDiTConfig, condition: int) -> float:
   return cfg.layers * layer + once + matmul(n, patch, dim) + matmul(1, time, dim) + matmul(n, dim, patch)
 
 
+def denoiser(cfg: UNetConfig | SanaConfig, side: int, context: int) -> float:
+  """What draws latents of `side` x `side` from `context` tokens, UNet or Sana: one call."""
+  return sana(cfg, side, context) if isinstance(cfg, SanaConfig) else unet(cfg, side, context)
+
+
+def sana(cfg: SanaConfig, side: int, context: int) -> float:
+  """Sana with its connector."""
+  patch, dim, cross = cfg.patch_size**2, cfg.dim, cfg.cross_heads * cfg.cross_head_size
+  n = side**2 // patch
+  layer = matmul(n, dim, 3 * dim) + linear_attention(n, dim, cfg.head_size) + matmul(n, dim, dim)
+  layer += matmul(n, dim, cross, dim) + matmul(context, dim, 2 * cross) + attention(n, context, cross)
+  layer += matmul(n, dim, 2 * cfg.mlp_dim) + matmul(n, cfg.mlp_dim, dim)
+  read = matmul(context, cfg.condition_dim, dim, dim)
+  if cfg.source_dim:
+    read += matmul(context, cfg.source_dim, cfg.condition_dim, cfg.condition_dim)
+  time = matmul(1, SANA_TIME_FEATURES, dim, dim, 6 * dim)
+  ends = matmul(n, patch * cfg.in_channels, dim) + matmul(n, dim, patch * cfg.out_channels)
+  return cfg.layers * layer + read + time + ends
+
+
 def unet(cfg: UNetConfig, side: int, context: int) -> float:
-  """The UNet on latents of `side` x `side` with `context` tokens."""
+  """The UNet."""
   widths, time = cfg.block_out_channels, 4 * cfg.block_out_channels[0]
 
   def block(side: int, cin: int, cout: int, depth: int) -> float:
@@ -168,8 +196,17 @@ def unet(cfg: UNetConfig, side: int, context: int) -> float:
   return total + _conv(side, width, cfg.out_channels)
 
 
-def vae_encode(cfg: AutoencoderKLConfig, side: int) -> float:
+def vae_encode(cfg: AutoencoderKLConfig | AutoencoderDCConfig, side: int) -> float:
   """A picture of `side` x `side` pixels to latents."""
+  return _dc_encode(cfg, side) if isinstance(cfg, AutoencoderDCConfig) else _kl_encode(cfg, side)
+
+
+def vae_decode(cfg: AutoencoderKLConfig | AutoencoderDCConfig, side: int) -> float:
+  """Latents to a picture of `side` x `side` pixels."""
+  return _dc_decode(cfg, side) if isinstance(cfg, AutoencoderDCConfig) else _kl_decode(cfg, side)
+
+
+def _kl_encode(cfg: AutoencoderKLConfig, side: int) -> float:
   side, widths = side // cfg.patch_size, cfg.block_out_channels
   width = widths[0]
   total = _conv(side, cfg.in_channels * cfg.patch_size**2, width)
@@ -185,8 +222,7 @@ def vae_encode(cfg: AutoencoderKLConfig, side: int) -> float:
   return total + (matmul(side**2, latent, latent) if cfg.quant_conv else 0.0)
 
 
-def vae_decode(cfg: AutoencoderKLConfig, side: int) -> float:
-  """Latents to a picture of `side` x `side` pixels."""
+def _kl_decode(cfg: AutoencoderKLConfig, side: int) -> float:
   side, widths = side // cfg.downsampling, cfg.block_out_channels[::-1]
   width = widths[0]
   total = matmul(side**2, cfg.latent_channels, cfg.latent_channels) if cfg.post_quant_conv else 0.0
@@ -214,3 +250,41 @@ def _resnet(side: int, cin: int, cout: int) -> float:
 def _vae_middle(cfg: AutoencoderKLConfig, side: int, width: int) -> float:
   attend = matmul(side**2, width, 4 * width) + attention(side**2, side**2, width) if cfg.mid_attention else 0.0
   return 2 * _resnet(side, width, width) + attend
+
+
+def _dc_encode(cfg: AutoencoderDCConfig, side: int) -> float:
+  levels = cfg.encoder
+  down = lambda side, cin, cout: _conv(side, cin, cout // 4) if cfg.unshuffle else _conv(side // 2, cin, cout)
+  if levels[0].blocks:
+    total = _conv(side, cfg.in_channels, levels[0].width)
+  else:
+    total = down(side, cfg.in_channels, levels[1].width)
+  for i, level in enumerate(levels):
+    total += level.blocks * _dc_block(cfg, level, side)
+    if i < len(levels) - 1:
+      total += down(side, level.width, levels[i + 1].width) if level.blocks else 0.0
+      side //= 2
+  return total + _conv(side, levels[-1].width, cfg.latent_channels)
+
+
+def _dc_decode(cfg: AutoencoderDCConfig, side: int) -> float:
+  levels, side = cfg.decoder, side // cfg.downsampling
+  up = lambda side, cin, cout: _conv(side, cin, 4 * cout) if cfg.shuffle else _conv(2 * side, cin, cout)
+  width = levels[-1].width
+  total = _conv(side, cfg.latent_channels, width)
+  for i, level in reversed(list(enumerate(levels))):
+    if level.blocks and i < len(levels) - 1:
+      total += up(side, width, level.width)
+      side, width = 2 * side, level.width
+    total += level.blocks * _dc_block(cfg, level, side)
+  return total + (_conv(side, width, cfg.in_channels) if levels[0].blocks else up(side, width, cfg.in_channels))
+
+
+def _dc_block(cfg: AutoencoderDCConfig, level: DCLevel, side: int) -> float:
+  n, width = side**2, level.width
+  if level.block == "ResBlock":
+    return 2 * _conv(side, width, width)
+  scaled = len(level.scales) * matmul(n, 3 * width, cfg.head_size)
+  wide = width * (1 + len(level.scales))
+  attend = matmul(n, width, 3 * width) + scaled + linear_attention(n, wide, cfg.head_size) + matmul(n, wide, width)
+  return attend + matmul(n, width, 8 * width) + matmul(n, 4 * width, width)

@@ -24,7 +24,7 @@ def passes(cfg, shapes, args):
   return [
     Pass("clip", flops.clip_encoder(cfg.clip), gradient=False),
     Pass("vae", flops.vae_encode(cfg.vae, side), gradient=False),
-    Pass("unet", flops.unet(cfg.unet, side // cfg.vae.downsampling, tokens)),
+    Pass("unet", flops.denoiser(cfg.unet, side // cfg.vae.downsampling, tokens)),
   ]
 
 

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.diffusion import flow_matching
+from blip3o_jax.objectives import decoding
 
-COMPONENTS = ("clip", "unet", "vae")
+COMPONENTS = decoding.COMPONENTS
+passes = decoding.passes
 
 
 def loss(params, batch, rng, *, model, cfg):

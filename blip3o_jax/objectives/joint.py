@@ -6,12 +6,25 @@ Each is a mean over its own part of the batch, and they are added, as in the rel
 these are means over each accumulated part.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from blip3o_jax.objectives import generation, understanding
 
 COMPONENTS = generation.COMPONENTS
+
+
+def passes(cfg, shapes, args):
+  """See objectives: of the mean row of a batch, whichever part it belongs to."""
+  parts = {
+    "understanding": understanding.passes(cfg, shapes["understanding"], {}),
+    "generation": generation.passes(cfg, shapes["generation"], {"prefix_pass": False}),
+  }
+  rows = {name: shapes[name]["tokens"][0] for name in parts}
+  share = {name: count / sum(rows.values()) for name, count in rows.items()}
+  return [dataclasses.replace(one, flops=one.flops * share[name]) for name, part in parts.items() for one in part]
 
 
 def loss(params, batch, rng, *, model, cfg):

@@ -143,7 +143,7 @@ def _generate(config: ConfigDict, mesh: Mesh) -> list[Program]:
     "DiT": dit_calls * flops.next_dit(cfg.dit, cfg.queries),
   }
   pixels = {
-    "UNet": unet_calls * flops.unet(cfg.unet, latent, side**2),
+    "UNet": unet_calls * flops.denoiser(cfg.unet, latent, side**2),
     "VAE": flops.vae_decode(cfg.vae, cfg.image_size),
   }
   return [

@@ -1,7 +1,6 @@
 """How fast a run is and where its time goes: model FLOP/s utilisation, waiting for data, saving, goodput."""
 
 import contextlib
-import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -45,14 +44,18 @@ def step_flops(
   objective does not say through which parts it goes (`passes`, see objectives).
   """
 
-  @functools.cache
-  def count(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> float:
-    passes = objective.passes(cfg, dict(shapes), args)
-    return shapes[0][1][0] * training_flops(passes, trained)
+  known: dict[Any, float] = {}
 
-  if not hasattr(objective, "passes"):
-    return lambda batch: None
-  return lambda batch: count(tuple((name, x.shape) for name, x in batch.items()))
+  def count(batch: Batch) -> float:
+    shapes = jax.tree.map(lambda x: tuple(x.shape), batch)
+    key = tuple(jax.tree.leaves(shapes))
+    if key not in known:
+      groups = list(shapes.values()) if isinstance(next(iter(shapes.values())), dict) else [shapes]
+      rows = sum(next(iter(group.values()))[0] for group in groups)
+      known[key] = rows * training_flops(objective.passes(cfg, shapes, args), trained)
+    return known[key]
+
+  return count if hasattr(objective, "passes") else lambda batch: None
 
 
 def utilisation(flops: float | None, seconds: float, devices: Collection[jax.Device]) -> float | None:

@@ -67,6 +67,20 @@ def test_every_part(name):
   assert flops.vae_decode(cfg.vae, cfg.image_size) == counted(cfg, "vae_decode", (latents, F32))
 
 
+def test_the_sana_decoder():
+  cfg = presets.get("blip3o-siglip2-sana")
+  side, tokens = cfg.image_size // cfg.vae.downsampling, math.prod(cfg.dit.grid)
+  latents, context = (1, side, side, cfg.unet.in_channels), (1, tokens, cfg.unet.context_dim)
+  ours = flops.denoiser(cfg.unet, side, tokens)
+  assert ours == counted(cfg, "unet_predict", (latents, F32), ((1,), F32), (context, F32))
+  picture = (1, cfg.image_size, cfg.image_size, 3)
+  assert flops.vae_encode(cfg.vae, cfg.image_size) == counted(cfg, "vae_encode", (picture, F32))
+  assert flops.vae_decode(cfg.vae, cfg.image_size) == counted(cfg, "vae_decode", (latents, F32))
+  halved = dataclasses.replace(cfg, vae=dataclasses.replace(cfg.vae, unshuffle=True, shuffle=not cfg.vae.shuffle))
+  assert flops.vae_encode(halved.vae, cfg.image_size) == counted(halved, "vae_encode", (picture, F32))
+  assert flops.vae_decode(halved.vae, cfg.image_size) == counted(halved, "vae_decode", (latents, F32))
+
+
 @pytest.mark.parametrize("name", ["micro", "blip3o-4b", "blip3o-study"])
 def test_backbone(name):
   """One pass over prompt and queries, and the prefix pass."""

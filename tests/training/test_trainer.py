@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import toy
 
+from blip3o_jax import objectives
 from blip3o_jax.errors import Preempted, UserError
+from blip3o_jax.models import presets
 from blip3o_jax.models.flops import Pass
 from blip3o_jax.training import throughput, trainer
 
@@ -283,6 +285,18 @@ def test_flops_of_a_step():
   count = throughput.step_flops(objective, {"n": 100.0}, None, {"c"})
   assert count({"x": np.zeros((4, 7))}) == 4 * (7 + 2 * 10 + 3 * 100)
   assert throughput.step_flops(types.SimpleNamespace(), {}, None, {"c"})({"x": np.zeros(3)}) is None
+
+
+def test_flops_of_a_joint_step():
+  """Those of its two parts, of any numbers of rows."""
+  cfg = presets.get("micro")
+  rows = lambda b, length: {"tokens": np.zeros((b, length)), "pixels": np.zeros((b, 64, 64, 3))}
+  batch = {"understanding": rows(3, 20), "generation": rows(5, 12)}
+  trained = {"backbone", "queries", "dit"}
+  flops = lambda name, batch, **args: throughput.step_flops(objectives.get(name), args, cfg, trained)(batch)
+  answers = flops("understanding", batch["understanding"])
+  pictures = flops("generation", batch["generation"], prefix_pass=False)
+  assert flops("joint", batch) == pytest.approx(answers + pictures, rel=1e-12) and min(answers, pictures) > 0
 
 
 def test_profile(tmp_path):
