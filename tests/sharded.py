@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tiny
+import toy
 
 from blip3o_jax.sharding import distributed
 from blip3o_jax.training import trainer
@@ -29,8 +30,8 @@ OVERRIDES = {
 }
 
 
-def open_loader(config, architecture, start_step):
-  """As feed.open_loader: row i of the stream is a function of i alone."""
+def batches(config, architecture, start_step):
+  """Row i of the stream is a function of i alone."""
   rows = config.batch_size // jax.process_count()
   step = start_step
   while True:
@@ -88,7 +89,7 @@ if __name__ == "__main__":
   jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
   jax.config.update("jax_default_matmul_precision", "highest")
   distributed.start()
-  trainer.open_loader, trainer.export = open_loader, lambda *args: None
+  trainer.open_loader, trainer.export = toy.opening(batches), lambda *args: None
   try:
     for changes in map(json.loads, sys.argv[3:]):
       trainer.train(config(**{k: v for k, v in changes.items() if k != "name"}), f"{sys.argv[2]}/{changes['name']}")

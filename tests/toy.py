@@ -3,6 +3,7 @@
 `python toy.py WORKDIR field=value ...` trains in a process of its own that a test may kill.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -74,12 +75,17 @@ def make_loader(data, *, batch_size, seed, start_step, process_index=0, process_
     step += 1
 
 
-def open_loader(config, architecture, start_step):
-  """As feed.open_loader."""
+def batches(config, architecture, start_step):
+  """From `start_step` on, of this process."""
   place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
   return make_loader(
     config.data.to_dict(), batch_size=config.batch_size, seed=config.seed, start_step=start_step, **place
   )
+
+
+def opening(batches):
+  """In the place of feed.open_loader."""
+  return lambda config, architecture: functools.partial(batches, config, architecture)
 
 
 def export(config, program, params, directory, facts):
@@ -98,7 +104,7 @@ def install(patch=setattr):
   patch(trainer, "objectives", types.SimpleNamespace(get=lambda name: objective, check=lambda *_: None))
   patch(trainer, "presets", types.SimpleNamespace(get=lambda name, overrides: None))
   patch(trainer, "Blip3o", Toy)
-  patch(trainer, "open_loader", open_loader)
+  patch(trainer, "open_loader", opening(batches))
   patch(trainer, "export", export)
 
 

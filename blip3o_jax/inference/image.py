@@ -90,6 +90,13 @@ class Sampling:
       if getattr(self, name) not in known:
         raise UserError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
 
+  def changed(self, **changes) -> "Sampling":
+    """The same with some fields changed. Raises UserError for an unknown one, or a value that cannot be."""
+    fields = [field.name for field in dataclasses.fields(self)]
+    if unknown := sorted(set(changes) - set(fields)):
+      raise UserError(f"sampling setting {unknown[0]!r} is unknown; there are {', '.join(fields)}")
+    return dataclasses.replace(self, **changes)
+
   def of_features(self) -> dict[str, Any]:
     """The settings of `draw_features`."""
     return {

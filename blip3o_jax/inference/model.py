@@ -1,7 +1,6 @@
 """The public class: a model directory in, pictures and answers out."""
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import math
@@ -60,7 +59,7 @@ def load(
     source.read(names, abstract_params(source.config(), names, mesh=mesh), dtype=jnp.dtype(dtype)),
     load_tokenizer(source.tokenizer_dir()) if "backbone" in names else None,
     open_pictures(source.config(), source.image_preprocessor()),
-    replaced(drawing.Sampling(), source.sampling),
+    drawing.Sampling().changed(**source.sampling),
     name=source.name,
     mesh=mesh,
   )
@@ -232,7 +231,7 @@ class Model:
 
   def sampling_with(self, **changes) -> drawing.Sampling:
     """The model's own settings with some changed; None changes nothing. Raises UserError for an unknown one."""
-    return replaced(self.sampling, {k: v for k, v in changes.items() if v is not None})
+    return self.sampling.changed(**{k: v for k, v in changes.items() if v is not None})
 
   def row_to_draw(self, request: str | Dialogue, sampling: drawing.Sampling) -> Row:
     """A request as `draw` takes it. Raises UserError for what cannot be drawn."""
@@ -381,14 +380,6 @@ def edit_request(picture: Picture, instruction: str = "") -> Dialogue:
   """The message of an edit; without an instruction, of a reconstruction (spec 4.4)."""
   words = f"\n{instruction}" if instruction.strip() else RECONSTRUCT.removeprefix("<image>")
   return [{"role": "user", "content": [shown(picture), words]}]
-
-
-def replaced(sampling: drawing.Sampling, changes: Mapping[str, Any]) -> drawing.Sampling:
-  """`sampling` with some fields changed. Raises UserError for an unknown one, or a value that cannot be."""
-  fields = [f.name for f in dataclasses.fields(drawing.Sampling)]
-  if unknown := sorted(set(changes) - set(fields)):
-    raise UserError(f"sampling setting {unknown[0]!r} is unknown; there are {', '.join(fields)}")
-  return dataclasses.replace(sampling, **changes)
 
 
 def _placed(x, sharding: jax.sharding.NamedSharding):

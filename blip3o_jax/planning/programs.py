@@ -124,7 +124,7 @@ def training_parts(config: ConfigDict, cfg: Blip3oConfig, batch: Batch, trained:
 def _generate(config: ConfigDict, mesh: Mesh) -> list[Program]:
   """A picture from a prompt: features by the DiT, then pixels by the UNet and the VAE, as inference.model draws."""
   cfg = architecture(config)
-  sampling = drawing.Sampling(**config.sampling.to_dict())
+  sampling = drawing.Sampling().changed(**config.sampling.to_dict())
   model, rows, side = Blip3o(cfg, dtype=jnp.bfloat16), rules.batch_sharding(mesh), math.isqrt(math.prod(cfg.dit.grid))
   b, length = config.batch_size, config.data.get("max_length", 128)
   array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((b, *shape), dtype, sharding=rows)

@@ -96,6 +96,8 @@ def complete(config: ConfigDict) -> ConfigDict:
     )
   if full.compute_dtype not in ("float32", "bfloat16", "float16"):
     raise UserError(f"compute_dtype {full.compute_dtype!r} is unknown; choose bfloat16 or float32")
+  if full.export not in ("safetensors", "orbax"):
+    raise UserError(f"export {full.export!r} is unknown; choose safetensors or orbax")
   if not 0 <= full.ema_decay < 1:
     raise UserError(f"ema_decay is {full.ema_decay}; it must be at least 0 (off) and below 1")
   return full

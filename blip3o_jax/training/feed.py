@@ -27,8 +27,8 @@ from blip3o_jax.types import Batch
 COUNTED = ("replaced", "cut")  # what the loader says of each row beside what the step takes
 
 
-def open_loader(config: ConfigDict, architecture: Blip3oConfig, start_step: int) -> Iterator[dict[str, Any]]:
-  """This process's part of the batches, from `start_step` on.
+def open_loader(config: ConfigDict, architecture: Blip3oConfig) -> Callable[[int], Iterator[dict[str, Any]]]:
+  """A function from a step to this process's part of the batches from there on; all that is wrong is found here.
 
   Raises:
     UserError: missing data or tokenizer, on any process; cached features of another encoder than init_from has;
@@ -42,7 +42,7 @@ def open_loader(config: ConfigDict, architecture: Blip3oConfig, start_step: int)
   except UserError as raised:
     error = raised
   _agree([group.mixture.sizes() for group in groups], error)
-  return iter(pipeline.read(groups, reading, start_step, jax.process_index()))
+  return lambda start_step: iter(pipeline.read(groups, reading, start_step, jax.process_index()))
 
 
 def _agree(sizes: list[dict[str, int]], error: UserError | None) -> None:
@@ -77,9 +77,17 @@ def preparation(config: ConfigDict, architecture: Blip3oConfig) -> dict[str, Any
   }
 
 
-def cached(config: ConfigDict) -> bool:
-  """Whether batches bring the features of the CLIP encoder, which is then not needed: not on the devices, nowhere."""
+def cached(config: ConfigDict, architecture: Blip3oConfig) -> bool:
+  """Whether batches bring the features of the CLIP encoder, which is then not needed: not on the devices, nowhere.
+
+  Raises:
+    UserError: they do, for a design that learns something else.
+  """
   tasks = {group.get("task") for group in config.data.get("groups", {"": config.data}).values()}
+  if "features" in tasks and architecture.design == "vae_flow":
+    raise UserError(
+      "data.task features are those of CLIP, the design vae_flow learns latents; take data.task generation"
+    )
   return "features" in tasks and "generation" not in tasks
 
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from blip3o_jax import objectives
 from blip3o_jax.checkpoints.store import Store
 from blip3o_jax.errors import Preempted, UserError
+from blip3o_jax.inference.image import Sampling
 from blip3o_jax.models import presets
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.porting import model_dir
@@ -93,10 +94,12 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") 
     lines = metrics.read(workdir / "metrics.jsonl")
     return TrainResult(workdir, exported, config.steps, lines[-1] if lines else {})
 
-  # 2. Devices, model, optimizer and the jitted step. Nothing is allocated yet.
+  # 2. Devices, model, optimizer, the jitted step, the data. Nothing is allocated or written yet, but all is checked.
   mesh = make_mesh(config.mesh, batch_size=config.batch_size, parts=config.accumulate)
   program = build(config, mesh)
   sampler = Sampler(config, program.model, mesh, _tokenizer(config), workdir) if config.sample_every else None
+  Sampling().changed(**config.sampling.to_dict())  # the finished model's own, which would be refused where it draws
+  loader_from = open_loader(config, program.model.cfg)
   main_process = jax.process_index() == 0
   say = functools.partial(print, flush=True) if main_process else lambda *_: None
   say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
@@ -132,7 +135,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") 
     del params
 
     # 4. Data from the first step not yet done; the position is one integer for any number of hosts.
-    loader = open_loader(config, program.model.cfg, start)
     past = {key: record.get(key, 0.0) for key in ("seconds", "useful")}
     timing = Timing(workdir, write=main_process, **past)
     log = metrics.MetricLog(
@@ -162,7 +164,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") 
       raise Preempted(f"stopped after step {done} of {config.steps}; saved in {workdir}, run the same command again")
 
     with (
-      Prefetch(loader, rules.batch_sharding(mesh)) as prefetch,
+      Prefetch(loader_from(start), rules.batch_sharding(mesh)) as prefetch,
       Profile(workdir / "profile", start + 3, config.profile) as profile,
     ):
       batches, step = prefetch, program.step
@@ -219,11 +221,11 @@ def build(config: ConfigDict, mesh: Mesh, kind: type[Blip3o] | None = None) -> P
   """
   objective = objectives.get(config.objective)
   components = tuple(config.components) or objective.COMPONENTS
-  if cached(config):
-    components = tuple(name for name in components if name != "clip")
   dtype = jnp.dtype(config.compute_dtype)
   architecture = config.model.to_dict()
   cfg = presets.get(architecture["preset"], architecture["overrides"])
+  if cached(config, cfg):
+    components = tuple(name for name in components if name != "clip")
   components += components_to_draw(config, cfg, components)
   model = (kind or Blip3o)(presets.with_remat(cfg, config.remat) if config.remat else cfg, dtype=dtype)
   optimizer = optimizers.make_optimizer(config.optimizer)
@@ -261,20 +263,18 @@ def initial_params(config: ConfigDict, program: Program, wanted: Params, say: Ca
     UserError: init_from is missing, does not fit, or lacks a component that is frozen.
   """
   wanted = {name: program.params[name] for name in wanted}
-  params = {}
-  if config.init_from:
-    source = open_model(config.init_from)
-    there = tuple(name for name in wanted if name in source.components)
-    if there:
-      params = source.read(there, {name: wanted[name] for name in there})
-      say(f"from {config.init_from}: {', '.join(there)}")
-  scratch = tuple(name for name in wanted if name not in params)
+  source = open_model(config.init_from) if config.init_from else None
+  there = tuple(name for name in wanted if source and name in source.components)
+  scratch, params = tuple(name for name in wanted if name not in there), {}
   if frozen := [name for name in scratch if name in program.frozen]:
     if config.init_from:
       raise UserError(
         f"{config.init_from} has no {frozen[0]}, which is frozen here; give an init_from that has, or train it"
       )
     say(f"WARNING: frozen but random, as init_from is empty: {', '.join(frozen)}")
+  if there:
+    params = source.read(there, {name: wanted[name] for name in there})
+    say(f"from {config.init_from}: {', '.join(there)}")
   if scratch:
     target = {name: wanted[name] for name in scratch}
 

@@ -89,7 +89,7 @@ def test_the_abstract_batch_is_the_loaders(tmp_path):
     changes = [f"--config.data.path={tmp_path / 's' / part}", "--config.batch_size=2", "--config.init_from=micro"]
     config = load_config(f"configs/micro/{stage}.py", changes)
     cfg = presets.get("micro")
-    real = next(open_loader(config, cfg, 0))
+    real = next(open_loader(config, cfg)(0))
     ours = programs.abstract_batch(config, cfg, one_device())
     shapes = lambda batch: {key: (x.shape, np.dtype(x.dtype)) for key, x in batch.items()}
     assert shapes(ours) == {k: v for k, v in shapes(real).items() if v[1].kind not in "OSU" and k not in COUNTED}

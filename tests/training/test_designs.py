@@ -67,6 +67,8 @@ def settings(world, start, written, objective, args, components, trainable):
   data = {"flow_decoding": pictures, "understanding": questions, "joint": groups}
   config.data = data.get(objective, captions) | {"cache": True}
   config.optimizer.learning_rate, config.schedule.name = 1e-2, "constant"
+  if objective in ("generation", "regression"):
+    config.sample_every, config.sample_prompts = STEPS, ("a circle", "a square")
   config.sampling = {"steps": 2, "decoder_steps": 2, "decoder_null": "image"}
   return config
 
@@ -101,6 +103,7 @@ def test_it_trains_and_draws(world, tmp_path, case, capsys):
     (drawn,) = load(run.model_dir).reconstruct(Image.new("RGB", (20, 20), (200, 30, 30)))
     assert drawn.shape == (16, 16, 3) and drawn.std() > 0
     return
+  assert np.asarray(Image.open(run.workdir / "samples" / f"{STEPS}.png")).shape == (16, 32, 3)  # while it trained
   command = ["generate", "--model", run.model_dir, "--prompt", "a circle", "--num", 2, "--out", tmp_path / "drawn"]
   assert cli.main([str(word) for word in command]) == 0
   first, second = (np.asarray(Image.open(tmp_path / "drawn" / f"000-{i}.png"), int) for i in range(2))

@@ -7,10 +7,13 @@ import sys
 
 import jax
 import numpy as np
+import pytest
+import sharded
 import tiny
 
 from blip3o_jax.data import shapes_corpus
-from blip3o_jax.training import feed
+from blip3o_jax.errors import UserError
+from blip3o_jax.training import feed, trainer
 from blip3o_jax.training.defaults import default_config
 
 
@@ -40,6 +43,7 @@ def test_llama_sees_no_pictures():
   assert asked_for("generation", "llama")["pictures"] is None
 
 
+VAE_FLOW = sharded.OVERRIDES | {"design": "vae_flow"}
 SIZES = ("contrastive", "pretrain", "instruct", "understanding", "text_only", "held_out")
 
 
@@ -71,11 +75,23 @@ for path in sys.argv[3:]:
   config = default_config()
   config.batch_size, config.data = 2, {"task": "images", "path": path}
   try:
-    batch = next(feed.open_loader(config, tiny.config(), 0))
+    batch = next(feed.open_loader(config, tiny.config())(0))
     print("ok", batch["pixels"].shape[0], flush=True)
   except UserError as error:
     print(error, flush=True)
 """
+
+
+@pytest.mark.parametrize("changes, words", [
+  ({"data": {"task": "images", "path": "nowhere"}}, "nothing at nowhere"),
+  ({"data": {"task": "images", "path": "nowhere", "imagesize": 3}}, "unknown keys imagesize"),
+  ({"sampling": {"stepz": 3}}, "stepz"),
+  ({"data": {"task": "features", "path": "f"}, "model": {"overrides": VAE_FLOW}}, "take data.task generation"),
+])  # fmt: skip
+def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, changes, words):
+  with pytest.raises(UserError, match=words):
+    trainer.train(sharded.config(mesh={"data": 1}, **changes), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_host_without_data_or_with_other_data_stops_all_of_them(tmp_path):

@@ -69,7 +69,7 @@ def test_all_of_them_change_nothing(corpus, cache, run, plain, monkeypatch, caps
   lengths = []
   cut = feed.Buckets._cut_to
   monkeypatch.setattr(feed.Buckets, "_cut_to", lambda *args: lengths.append(args[2]) or cut(*args))
-  loader = feed.open_loader(config(corpus), tiny.config(), 0)
+  loader = feed.open_loader(config(corpus), tiny.config())(0)
   longest = [next(loader)["token_mask"].sum(axis=-1).max() for _ in range(4)]
   bucket = int(min(longest))
   ours = run(config(corpus, task="features", path=cache, buckets=(bucket,)))
@@ -91,8 +91,8 @@ def test_stale_features_are_refused(corpus, cache, tmp_path):
   squashed = config(corpus, task="features", path=cache, resize="squash")
   for stale, words in [(other, "stale features, weights was '"), (squashed, "resize was 'crop', is 'squash'")]:
     with pytest.raises(UserError, match=words):
-      feed.open_loader(stale, tiny.config(), 0)
-  feed.open_loader(config(corpus, task="features", path=cache), tiny.config(), 0)
+      feed.open_loader(stale, tiny.config())
+  feed.open_loader(config(corpus, task="features", path=cache), tiny.config())
 
 
 # ---- what the step computes, read off its program

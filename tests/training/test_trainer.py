@@ -42,12 +42,12 @@ def stop_at(monkeypatch, step):
   """A real SIGTERM to this very process when the loader has been asked for batch `step`."""
 
   def loader(config, architecture, start_step):
-    for index, batch in enumerate(toy.open_loader(config, architecture, start_step)):
+    for index, batch in enumerate(toy.batches(config, architecture, start_step)):
       if start_step + index == step:
         os.kill(os.getpid(), signal.SIGTERM)
       yield batch
 
-  monkeypatch.setattr(trainer, "open_loader", loader)
+  monkeypatch.setattr(trainer, "open_loader", toy.opening(loader))
 
 
 def test_it_learns_and_leaves_a_model(whole, tmp_path, capsys):
@@ -83,7 +83,7 @@ def test_a_loader_that_dies_of_the_same_signal_loses_nothing(whole, tmp_path, mo
       taken.set()
 
   def loader(config, architecture, start_step):
-    for index, batch in enumerate(toy.open_loader(config, architecture, start_step)):
+    for index, batch in enumerate(toy.batches(config, architecture, start_step)):
       if start_step + index == 13:
         assert taken.wait(60)  # the loader runs ahead of the steps
         os.kill(os.getpid(), signal.SIGINT)
@@ -92,7 +92,7 @@ def test_a_loader_that_dies_of_the_same_signal_loses_nothing(whole, tmp_path, mo
       yield batch
 
   with monkeypatch.context() as patch, pytest.raises(Preempted, match="after step 13"):
-    patch.setattr(trainer, "open_loader", loader)
+    patch.setattr(trainer, "open_loader", toy.opening(loader))
     patch.setattr(trainer.metrics.MetricLog, "add", note)
     trainer.train(toy.config(ema_decay=0.9), tmp_path)
   trainer.train(toy.config(ema_decay=0.9), tmp_path)
@@ -101,13 +101,13 @@ def test_a_loader_that_dies_of_the_same_signal_loses_nothing(whole, tmp_path, mo
 
 def test_a_crash_goes_back_to_the_last_save(whole, tmp_path, monkeypatch):
   def crash(*args):
-    for index, batch in enumerate(toy.open_loader(*args)):
+    for index, batch in enumerate(toy.batches(*args)):
       if index == 17:
         raise OSError("the disk with the data is gone")
       yield batch
 
   with monkeypatch.context() as patch:
-    patch.setattr(trainer, "open_loader", crash)
+    patch.setattr(trainer, "open_loader", toy.opening(crash))
     with pytest.raises(OSError, match="is gone"):
       trainer.train(toy.config(ema_decay=0.9), tmp_path)
   assert max(toy.losses(tmp_path)) > 10
@@ -205,11 +205,11 @@ def test_ema_is_exported(tmp_path):
 
 def test_every_step_draws_its_own_noise(tmp_path, monkeypatch):
   def same_batch(*args):
-    batch = next(toy.open_loader(*args))
+    batch = next(toy.batches(*args))
     while True:
       yield batch
 
-  monkeypatch.setattr(trainer, "open_loader", same_batch)
+  monkeypatch.setattr(trainer, "open_loader", toy.opening(same_batch))
   trainer.train(toy.config(steps=3, optimizer={"learning_rate": 0.0}), tmp_path)
   assert len(set(toy.losses(tmp_path).values())) == 3
 
@@ -226,6 +226,7 @@ def test_the_step_compiles_once(tmp_path, caplog):
   ({"mesh": {"data": 3}}, "mesh"),
   ({"optimizer": {"name": "sgd"}}, "sgd"),
   ({"init_from": "/nowhere"}, "/nowhere"),
+  ({"export": "zip"}, "zip"),
 ])  # fmt: skip
 def test_bad_config_leaves_nothing(tmp_path, changes, words):
   with pytest.raises(UserError, match=words):
@@ -257,7 +258,7 @@ def test_where_the_time_goes(tmp_path, monkeypatch):
   with pytest.raises(Preempted):
     trainer.train(config(), tmp_path)
   time.sleep(1)
-  monkeypatch.setattr(trainer, "open_loader", toy.open_loader)
+  monkeypatch.setattr(trainer, "open_loader", toy.opening(toy.batches))
   trainer.train(config(), tmp_path)
   lines = {line["step"]: line for line in trainer.metrics.read(tmp_path / "metrics.jsonl")}
   assert 0.02 <= lines[10]["step_seconds"] < 0.1 and lines[10]["data_wait"] > 0.6 and "mfu" not in lines[10]
@@ -311,7 +312,7 @@ def test_a_save_that_fails_is_told_and_tried_again(whole, tmp_path, monkeypatch,
   """The directory of the checkpoints is gone while steps 10 to 19 run."""
 
   def loader(config, architecture, start_step):
-    for index, batch in enumerate(toy.open_loader(config, architecture, start_step)):
+    for index, batch in enumerate(toy.batches(config, architecture, start_step)):
       if index == 5:
         (tmp_path / "checkpoints").rename(tmp_path / "away")
         (tmp_path / "checkpoints").write_text("")
@@ -322,7 +323,7 @@ def test_a_save_that_fails_is_told_and_tried_again(whole, tmp_path, monkeypatch,
       yield batch
 
   with monkeypatch.context() as patch:
-    patch.setattr(trainer, "open_loader", loader)
+    patch.setattr(trainer, "open_loader", toy.opening(loader))
     with pytest.raises(OSError, match="and then the data"):
       trainer.train(toy.config(ema_decay=0.9), tmp_path)
   told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: step")]
@@ -336,7 +337,7 @@ def test_a_last_save_that_fails_is_no_success(tmp_path, monkeypatch):
   """Neither at the end nor when pre-empted: what is not on disk is not reported as if it were."""
 
   def loader(config, architecture, start_step):
-    for index, batch in enumerate(toy.open_loader(config, architecture, start_step)):
+    for index, batch in enumerate(toy.batches(config, architecture, start_step)):
       if index == 5:
         (tmp_path / "checkpoints").rename(tmp_path / "away")
         (tmp_path / "checkpoints").write_text("")
@@ -344,7 +345,7 @@ def test_a_last_save_that_fails_is_no_success(tmp_path, monkeypatch):
           os.kill(os.getpid(), signal.SIGTERM)
       yield batch
 
-  monkeypatch.setattr(trainer, "open_loader", loader)
+  monkeypatch.setattr(trainer, "open_loader", toy.opening(loader))
   for keep in (1, 2):
     with pytest.raises(UserError, match=r"step \d+ could not be saved .*nothing is saved yet"):
       trainer.train(toy.config(steps=8, keep=keep), tmp_path)
