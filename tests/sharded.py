@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -57,13 +56,7 @@ def config(**changes):
   config.model.overrides = OVERRIDES
   config.optimizer.learning_rate = 1e-3
   config.schedule = {"name": "constant", "min_ratio": 0.0, "warmup_steps": 5, "warmup_ratio": 0.0}
-  with config.ignore_type():
-    for key, value in changes.items():
-      if isinstance(value, dict):
-        config[key].update(value)
-      else:
-        config[key] = value
-  return config
+  return toy.changed(config, changes)
 
 
 def run(workdir, *changes, devices=1, port=None, index=0, processes=1, **kwargs):
@@ -78,24 +71,11 @@ def run(workdir, *changes, devices=1, port=None, index=0, processes=1, **kwargs)
   return subprocess.Popen(command, env=env, **(pipes | kwargs))
 
 
-def losses(workdir) -> dict[int, float]:
-  """{step: loss} of metrics.jsonl."""
-  return {line["step"]: line["loss"] for line in trainer.metrics.read(Path(workdir) / "metrics.jsonl")}
-
-
 if __name__ == "__main__":
-  from blip3o_jax.errors import Preempted, UserError
-
   jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
   jax.config.update("jax_default_matmul_precision", "highest")
   distributed.start()
   trainer.open_loader, trainer.export = toy.opening(batches), lambda *args: None
-  try:
+  with toy.statuses():
     for changes in map(json.loads, sys.argv[3:]):
       trainer.train(config(**{k: v for k, v in changes.items() if k != "name"}), f"{sys.argv[2]}/{changes['name']}")
-  except Preempted as error:
-    print(error, flush=True)
-    sys.exit(75)
-  except UserError as error:
-    print(error, file=sys.stderr)
-    sys.exit(2)

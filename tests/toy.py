@@ -3,6 +3,7 @@
 `python toy.py WORKDIR field=value ...` trains in a process of its own that a test may kill.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blip3o_jax.errors import Preempted, UserError
 from blip3o_jax.nn.linear import Dense
 from blip3o_jax.training import trainer
 from blip3o_jax.training.defaults import default_config
@@ -109,11 +111,16 @@ def install(patch=setattr):
 
 
 def config(**changes):
-  """Thirty quick steps; groups are given as dicts."""
+  """Thirty quick steps."""
   config = default_config()
   config.update(steps=30, batch_size=16, compute_dtype="float32", trainable=("head/",), log_every=1, save_every=10)
   config.optimizer.learning_rate = 1e-2
   config.mesh = {"data": 1, "fsdp": 1, "tensor": 1}
+  return changed(config, changes)
+
+
+def changed(config, changes):
+  """`config` with other values; groups are given as dicts."""
   with config.ignore_type():
     for key, value in changes.items():
       if isinstance(value, dict):
@@ -147,16 +154,21 @@ def wait_for(workdir, step, process):
   raise TimeoutError
 
 
-if __name__ == "__main__":
-  from blip3o_jax.errors import Preempted, UserError
-
-  install()
-  jax.config.update("jax_default_matmul_precision", "highest")
+@contextlib.contextmanager
+def statuses():
+  """Errors end the process as on the command line."""
   try:
-    trainer.train(config(**json.loads(sys.argv[2])), sys.argv[1])
+    yield
   except Preempted as error:
     print(error, flush=True)
     sys.exit(75)
   except UserError as error:
     print(error, file=sys.stderr)
     sys.exit(2)
+
+
+if __name__ == "__main__":
+  install()
+  jax.config.update("jax_default_matmul_precision", "highest")
+  with statuses():
+    trainer.train(config(**json.loads(sys.argv[2])), sys.argv[1])

@@ -1,43 +1,20 @@
 """The decoder's loss: noised latents in, epsilon or v out, and what takes the place of a dropped picture."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from decoders import Fake
 
 from blip3o_jax.diffusion.euler_discrete import EulerDiscreteConfig
 from blip3o_jax.objectives import decoding
 
-B, SIDE, N, C = 32, 6, 4, 3
-
-
-class Fake:
-  def __init__(self, prediction):
-    rng = np.random.default_rng(0)
-    self.cfg = types.SimpleNamespace(
-      decoder_process=EulerDiscreteConfig(prediction=prediction),
-    )
-    self.features = jnp.asarray(rng.normal(size=(B, N, C)), jnp.float32)
-    self.null = jnp.full((1, N, C), 7.0)
-    self.latents = jnp.asarray(rng.normal(size=(B, SIDE, SIDE, 4)), jnp.float32)
-    self.seen = {}
-
-  def apply(self, variables, *args, method):
-    self.seen[method] = args
-    if method == "unet_predict":
-      return jnp.cos(args[0])
-    return {
-      "clip_features": self.features,
-      "null_clip_features": self.null,
-      "picture_latents": self.latents,
-    }[method]
+B = 32
 
 
 def run(prediction="epsilon", seed=0, **cfg):
-  model = Fake(prediction)
+  model = Fake(B, process=EulerDiscreteConfig(prediction=prediction))
   batch = {"pixels": jnp.asarray(tiny.pixels(B))}
   return model, decoding.loss({}, batch, jax.random.key(seed), model=model, cfg=cfg)
 

@@ -4,33 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
+from decoders import Fake
 
 from blip3o_jax.objectives import flow_decoding
 
-B, SIDE, N, C = 48, 6, 4, 3
-
-
-class Fake:
-  def __init__(self):
-    rng = np.random.default_rng(0)
-    self.features = jnp.asarray(rng.normal(size=(B, N, C)), jnp.float32)
-    self.null = jnp.full((1, N, C), 7.0)
-    self.latents = jnp.asarray(rng.normal(1.0, 2.0, (B, SIDE, SIDE, 4)), jnp.float32)
-    self.seen = {}
-
-  def apply(self, variables, *args, method):
-    self.seen[method] = args
-    if method == "unet_predict":
-      return jnp.cos(args[0])
-    return {
-      "clip_features": self.features,
-      "null_clip_features": self.null,
-      "picture_latents": self.latents,
-    }[method]
+B = 48
 
 
 def run(**cfg):
-  model, batch = Fake(), {"pixels": jnp.asarray(tiny.pixels(B))}
+  model, batch = Fake(B, latents=(1.0, 2.0)), {"pixels": jnp.asarray(tiny.pixels(B))}
   return model, flow_decoding.loss({}, batch, jax.random.key(0), model=model, cfg=cfg)
 
 

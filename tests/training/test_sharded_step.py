@@ -113,10 +113,10 @@ def test_the_real_model_on_every_mesh(tmp_path):
   status, outs = finish(pods)
   assert status == [0, 0], outs
   assert not any("Involuntary full rematerialization" in out for out in outs)
-  expected = sharded.losses(tmp_path / "eight/one")
+  expected = toy.losses(tmp_path / "eight/one")
   assert len(expected) == 50
   for workdir in [*(tmp_path / "eight" / run["name"] for run in runs), *(tmp_path / "two").iterdir()]:
-    found = sharded.losses(workdir)
+    found = toy.losses(workdir)
     np.testing.assert_allclose([found[s] for s in expected], list(expected.values()), rtol=1e-5, err_msg=str(workdir))
   name = runs[3]["name"]
   sheets = [[_pixels(tmp_path / job / name / f"samples/{step}.png") for step in (20, 40)] for job in ("eight", "two")]
