@@ -1,15 +1,12 @@
-"""Pictures: decoding, the release's two ways to a square, and normalisation on the device (spec 5.4)."""
+"""Pictures: decoding, and the release's two ways to a square (spec 5.4). The model normalises them, on the device."""
 
 import io
 import os
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from blip3o_jax.data.vision import CLIP_MEAN, CLIP_STD
 from blip3o_jax.errors import UserError
 
 MAX_PIXELS = 89_478_485  # where PIL begins to suspect a decompression bomb: 256 MiB of RGB
@@ -106,8 +103,3 @@ def square(image: Image.Image, size: int, mode: str = "crop") -> np.ndarray:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
   left, top = round((width - size) / 2), round((height - size) / 2)
   return np.asarray(image)[top : top + size, left : left + size]
-
-
-def normalize(pixels: jax.Array, mean=CLIP_MEAN, std=CLIP_STD) -> jax.Array:
-  """uint8 [..., 3] -> float32 (pixels / 255 - mean) / std, on the device."""
-  return (pixels.astype(jnp.float32) / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)

@@ -44,8 +44,8 @@ class AutoencoderKLConfig:
     return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
 
   @classmethod
-  def from_reference(cls, config: dict, weights_shapes: dict | None = None) -> "AutoencoderKLConfig":
-    """From the reference's config.json. `weights_shapes` is not needed here and ignored."""
+  def from_reference(cls, config: dict) -> "AutoencoderKLConfig":
+    """From the reference's config.json."""
     return cls(
       in_channels=config["in_channels"],
       latent_channels=config["latent_channels"],

@@ -65,8 +65,8 @@ class UNetConfig:
       )
 
   @classmethod
-  def from_reference(cls, config: dict, weights_shapes: dict | None = None) -> "UNetConfig":
-    """From the reference's config.json; `weights_shapes` is not needed here and ignored.
+  def from_reference(cls, config: dict) -> "UNetConfig":
+    """From the reference's config.json.
 
     Raises:
       UserError: the file asks for something that SDXL's structure does not have.

@@ -36,12 +36,6 @@ def test_a_picture_of_the_right_size_is_untouched():
   assert np.array_equal(transforms.square(image, 64), np.asarray(image))
 
 
-def test_normalize():
-  out = transforms.normalize(np.array([[[0, 128, 255]]], np.uint8))
-  want = (np.array([0, 128 / 255, 1]) - transforms.CLIP_MEAN) / transforms.CLIP_STD
-  np.testing.assert_allclose(out[0, 0], want, rtol=1e-5)
-
-
 def encoded(image, kind="PNG", **options):
   buffer = io.BytesIO()
   image.save(buffer, kind, **options)
