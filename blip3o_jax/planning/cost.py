@@ -94,18 +94,24 @@ def compile_program(program: Program, mesh: Mesh, chip: Chip, images: int) -> Co
   except jax.errors.JaxRuntimeError as error:
     raise _out_of_memory(error) from error
   seconds = time.monotonic() - start
-  stats, text = compiled.memory_analysis(), compiled.as_text()
-  memory = Memory(
-    arguments=stats.argument_size_in_bytes,
-    resident=max(0.0, device_bytes(program.arguments) - device_bytes(program.arguments, compiled)),
-    temporaries=stats.temp_size_in_bytes,
-    outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
-    program=stats.generated_code_size_in_bytes,
-  )
+  resident = max(0.0, device_bytes(program.arguments) - device_bytes(program.arguments, compiled))
+  memory, text = memory_of(compiled, resident), compiled.as_text()
   moved = hlo.hbm_bytes(text)
   wires = tuple(hlo.collectives(text, mesh))
   executed = sum(program.flops.values()) * images / mesh.size
   return Cost(program.name, memory, program.flops, moved, wires, bounds(chip, executed, moved, wires), seconds)
+
+
+def memory_of(compiled: jax.stages.Compiled, resident: float = 0.0) -> Memory:
+  """What the compiler says that a program needs on one device, beside what is `resident` for others."""
+  stats = compiled.memory_analysis()
+  return Memory(
+    arguments=stats.argument_size_in_bytes,
+    resident=resident,
+    temporaries=stats.temp_size_in_bytes,
+    outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
+    program=stats.generated_code_size_in_bytes,
+  )
 
 
 def bounds(chip: Chip, flops: float, moved: float, wires: Sequence[Collective]) -> Bounds:

@@ -211,9 +211,7 @@ def _made_up(key: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 def _beside_plan(compiled, config, program, batch, mesh, seconds: float) -> dict[str, Any]:
   """What the compiler said of this very step, and what was measured, where the device tells."""
-  stats = compiled.memory_analysis()
-  planned = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-  figures = {"planned_MiB": planned / 2**20}
+  figures = {"planned_MiB": cost.memory_of(compiled).peak / 2**20}
   with contextlib.suppress(Exception):  # not every device counts its memory
     figures["peak_MiB"] = jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20
   parts = programs.training_parts(config, program.model.cfg, batch, set(program.state.trained))

@@ -52,7 +52,7 @@ def estimate(config: ConfigDict, where: Topology, job: str, found: list[Program]
     UserError: as `plan.make` does.
   """
   parts = config.accumulate if job == "train" else 1
-  mesh = where.mesh(config.mesh.to_dict(), batch_size=config.batch_size, parts=parts)
+  mesh = programs.make_mesh(config, where, job)
   found = found or programs.build(config, mesh, job)
   cfg, params = programs.architecture(config), found[0].parameters
   rows = config.batch_size / parts / (mesh.size // mesh.shape["tensor"])

@@ -60,7 +60,7 @@ def make(config: ConfigDict, name: str, *, slices: int = 1, job: str = "train", 
     UserError: unknown topology, no compiler, a batch or a mesh that does not divide.
   """
   where = topology.get(name, slices)
-  mesh = where.mesh(config.mesh.to_dict(), batch_size=config.batch_size, parts=_parts(config, job))
+  mesh = programs.make_mesh(config, where, job)
   found, short, advice = [], 0.0, ()
   try:
     for program in programs.build(config, mesh, job):
@@ -72,10 +72,6 @@ def make(config: ConfigDict, name: str, *, slices: int = 1, job: str = "train", 
   if short > 0 and advise:
     advice += estimate.advise(config, where, job, short)
   return Plan(job, where, dict(mesh.shape), config.batch_size, config.remat, tuple(found), max(short, 0.0), advice)
-
-
-def _parts(config: ConfigDict, job: str) -> int:
-  return config.accumulate if job == "train" else 1
 
 
 def run(config: ConfigDict, name: str, *, slices: int = 1, job: str = "train", as_json: bool = False) -> None:

@@ -21,6 +21,7 @@ from blip3o_jax.inference import image as drawing
 from blip3o_jax.models import flops, presets
 from blip3o_jax.models.blip3o import Blip3o, Blip3oConfig
 from blip3o_jax.models.flops import training_flops
+from blip3o_jax.planning.topology import Topology
 from blip3o_jax.porting.locate import open_model
 from blip3o_jax.porting.preprocessor import default_preprocessor, open_pictures
 from blip3o_jax.porting.source import abstract_params
@@ -47,6 +48,12 @@ class Program:
   arguments: Any
   parameters: Params
   flops: dict[str, float]
+
+
+def make_mesh(config: ConfigDict, where: Topology, job: str) -> Mesh:
+  """The mesh of a job on a topology. Raises UserError as sharding.mesh.make_mesh does."""
+  parts = config.accumulate if job == "train" else 1
+  return where.mesh(config.mesh.to_dict(), batch_size=config.batch_size, parts=parts)
 
 
 def build(config: ConfigDict, mesh: Mesh, job: str) -> list[Program]:

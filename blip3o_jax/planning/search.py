@@ -48,7 +48,7 @@ def candidates(config: ConfigDict, where: Topology, job: str) -> list[Candidate]
         new.update(mesh=mesh, batch_size=images * len(where.devices), accumulate=1, remat=remat)
       try:
         # Building takes a second, and only the mesh matters to it.
-        built = built or programs.build(new, where.mesh(mesh, batch_size=new.batch_size), job)
+        built = built or programs.build(new, programs.make_mesh(new, where, job), job)
         guess = estimate.estimate(new, where, job, built)
       except UserError:  # the hosts or the batch do not divide
         continue
