@@ -151,5 +151,5 @@ class _Progress:
         self._said, rate = now, self.done / (now - self.start)
         left = datetime.timedelta(seconds=round((self.total - self.done) / rate))
         bad = f", {self.bad} bad" if self.bad else ""
-        print(f"{self.done}/{self.total} pictures  {rate:.1f} pictures/s  ETA {left}{bad}")
+        self.say(f"{self.done}/{self.total} pictures  {rate:.1f} pictures/s  ETA {left}{bad}")
       yield record
