@@ -1,7 +1,7 @@
-"""The `blip3o` command (floor 8): parse, call, print. No logic.
+"""The `blip3o` command (floor 8): parse, call, tell what went wrong. No logic.
 
 Exit status: 0 done; 1 a check failed; 2 usage or input error, one line on stderr; 75 pre-empted, everything is saved.
-Every command imports what it needs when it runs, so that `--help` and a mistyped word answer at once.
+What the commands do is in `commands`.
 """
 
 import argparse
@@ -9,13 +9,12 @@ import errno
 import importlib
 import json
 import os
-import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from blip3o_jax import __version__
+from blip3o_jax import __version__, commands
 from blip3o_jax.errors import CheckFailed, Preempted, Problems, UserError
 
 EXIT_CHECK_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75  # 75 is EX_TEMPFAIL: run me again
@@ -88,54 +87,81 @@ def make_parser() -> argparse.ArgumentParser:
   """The parser of every command; `args.call(args)` runs the chosen one."""
   parser = _Parser(prog="blip3o", description="BLIP3-o in JAX: train it, draw with it, ask it, prove it.")
   parser.add_argument("--version", action="version", version=__version__)
-  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+  under = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+  _add_training(under)
+  _add_talking(under)
+  _add_proof(under)
+  _add_data(_group(under, "data", "COMMAND", "Make and look at data."))
+  _add_bench(_group(under, "bench", "NAME", "Measure."))
+  _add_eval(_group(under, "eval", "BENCHMARK", "Score a model."))
+  return parser
 
-  def command(name, call, help, under=commands):
-    added = under.add_parser(name, help=help, description=help)
-    added.set_defaults(call=call)
-    return added
 
-  def model(added):
-    added.add_argument(
-      "--model", required=True, metavar="DIR", help="a model directory, the release's layout, a hub id, or `micro`"
-    )
-    added.add_argument(
-      "--compile-cache", default=argparse.SUPPRESS, metavar="DIR", help="keeps compiled programs for the next start"
-    )
+def _group(under, name: str, metavar: str, help: str):
+  """A command that has commands of its own."""
+  parser = _command(under, name, None, help)
+  return parser.add_subparsers(dest=f"{name}_command", required=True, metavar=metavar, parser_class=_Parser)
 
-  def drawing(added, seed=0):
-    added.add_argument("--seed", type=int, default=seed, help=f"(default {seed})")
-    added.add_argument("--guidance", type=float, default=argparse.SUPPRESS, help="(default: the model's own)")
-    added.add_argument("--steps", type=_positive, default=argparse.SUPPRESS, help="(default: the model's own)")
-    added.add_argument(
-      "--set",
-      action="append",
-      default=[],
-      type=_setting,
-      metavar="NAME=VALUE",
-      help="another setting of blip3o_jax.inference.image.Sampling, such as decoder_steps=20 or exact_times=true",
-    )
 
-  def job(added, num):
-    added.add_argument("--out", required=True, type=Path, metavar="DIR", help="of this job alone")
-    added.add_argument("--num", type=_positive, default=num, help=f"pictures a prompt (default {num})")
-    added.add_argument(
-      "--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N", help="pictures at once, in each process"
-    )
-    added.add_argument(
-      "--fsdp", type=_positive, default=argparse.SUPPRESS, metavar="N", help="devices over which weights are cut"
-    )
+def _command(under, name: str, call: Callable | None, help: str | None = None) -> argparse.ArgumentParser:
+  """Its help is the docstring of what is called."""
+  help = help or call.__doc__
+  added = under.add_parser(name, help=help, description=help)
+  added.set_defaults(call=call)
+  return added
 
-  quickstart = command("quickstart", _quickstart, "the main job in miniature, on this machine")
+
+# ---- options of several commands
+
+
+def _model(added: argparse.ArgumentParser) -> None:
+  added.add_argument(
+    "--model", required=True, metavar="DIR", help="a model directory, the release's layout, a hub id, or `micro`"
+  )
+  added.add_argument(
+    "--compile-cache", default=argparse.SUPPRESS, metavar="DIR", help="keeps compiled programs for the next start"
+  )
+
+
+def _drawing(added: argparse.ArgumentParser, seed: int = 0) -> None:
+  added.add_argument("--seed", type=int, default=seed, help=f"(default {seed})")
+  added.add_argument("--guidance", type=float, default=argparse.SUPPRESS, help="(default: the model's own)")
+  added.add_argument("--steps", type=_positive, default=argparse.SUPPRESS, help="(default: the model's own)")
+  added.add_argument(
+    "--set",
+    action="append",
+    default=[],
+    type=_setting,
+    metavar="NAME=VALUE",
+    help="another setting of blip3o_jax.inference.image.Sampling, such as decoder_steps=20 or exact_times=true",
+  )
+
+
+def _job(added: argparse.ArgumentParser, num: int) -> None:
+  added.add_argument("--out", required=True, type=Path, metavar="DIR", help="of this job alone")
+  added.add_argument("--num", type=_positive, default=num, help=f"pictures a prompt (default {num})")
+  added.add_argument(
+    "--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N", help="pictures at once, in each process"
+  )
+  added.add_argument(
+    "--fsdp", type=_positive, default=argparse.SUPPRESS, metavar="N", help="devices over which weights are cut"
+  )
+
+
+# ---- the commands
+
+
+def _add_training(under) -> None:
+  quickstart = _command(under, "quickstart", commands.quickstart)
   quickstart.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), metavar="DIR")
   quickstart.add_argument("--from-scratch", action="store_true", help="train every part, not only queries and DiT")
 
-  train = command("train", _train, "train one stage, or go on with it; --config.FIELD=VALUE changes a field")
+  train = _command(under, "train", commands.train)
   train.add_argument("--config", required=True, type=Path, metavar="FILE", help="an experiment, configs/X.py")
   train.add_argument("--workdir", required=True, metavar="DIR", help="of this run alone; may be gs://...")
   train.add_argument("--profile", type=_positive, metavar="STEPS", help="trace that many steps into WORKDIR/profile")
 
-  plan = command("plan", _plan, "does a job fit a TPU slice, and what bounds its speed? Compiles for it, without one")
+  plan = _command(under, "plan", commands.plan)
   what = plan.add_mutually_exclusive_group(required=True)
   what.add_argument("--config", type=Path, metavar="FILE", help="an experiment, configs/X.py")
   what.add_argument("--table", type=Path, metavar="DIR", help="the README's table, kept cell by cell in DIR")
@@ -146,30 +172,27 @@ def make_parser() -> argparse.ArgumentParser:
   plan.add_argument("--json", action="store_true", help="print the plan as JSON")
   plan.add_argument("--cells", nargs="+", default=[], metavar="CELL", help="with --table: these cells or rows alone")
 
-  generate = command(
-    "generate",
-    _generate,
-    "draw pictures for prompts: a few by --prompt, to OUT/PROMPT-NUMBER.png; or a file of them by --prompts, on all "
-    "hosts and devices, to OUT/pictures and OUT/manifest.jsonl: stopped, the same command goes on",
-  )
-  model(generate)
+
+def _add_talking(under) -> None:
+  generate = _command(under, "generate", commands.generate)
+  _model(generate)
   prompts = generate.add_mutually_exclusive_group(required=True)
   prompts.add_argument("--prompt", nargs="+", metavar="TEXT")
   prompts.add_argument(
     "--prompts", type=Path, metavar="FILE.jsonl", help='rows of {"prompt": TEXT}, perhaps with "seed" and "image"'
   )
-  job(generate, 4)
-  drawing(generate)
+  _job(generate, 4)
+  _drawing(generate)
 
-  edit = command("edit", _edit, "draw pictures anew by an instruction, as far as the model has learned to")
-  model(edit)
+  edit = _command(under, "edit", commands.edit)
+  _model(edit)
   edit.add_argument("--image", required=True, nargs="+", type=Path, metavar="FILE")
   edit.add_argument("--instruction", default="", metavar="TEXT", help="(default: reconstruct, as the release does)")
   edit.add_argument("--out", required=True, type=Path, metavar="DIR", help="gets NAME-edited.png")
-  drawing(edit)
+  _drawing(edit)
 
-  chat = command("chat", _chat, "talk with a model, about pictures if there are any")
-  model(chat)
+  chat = _command(under, "chat", commands.chat)
+  _model(chat)
   chat.add_argument("--image", nargs="+", default=[], type=Path, metavar="FILE", help="of the first turn")
   chat.add_argument(
     "--prompt", nargs="+", metavar="TEXT", help="a turn each (default: lines of standard input; /help says more)"
@@ -180,17 +203,19 @@ def make_parser() -> argparse.ArgumentParser:
   chat.add_argument("--top-p", type=float, default=argparse.SUPPRESS)
   chat.add_argument("--top-k", type=_count, default=argparse.SUPPRESS)
 
-  reconstruct = command("reconstruct", _reconstruct, "draw a picture again from its CLIP features")
-  model(reconstruct)
+  reconstruct = _command(under, "reconstruct", commands.reconstruct)
+  _model(reconstruct)
   reconstruct.add_argument("--image", required=True, type=Path, metavar="FILE")
   reconstruct.add_argument("--out", required=True, type=Path, metavar="DIR")
 
-  demo = command("demo", _demo, "serve a web page to draw, talk and edit; needs pip install 'blip3o_jax[demo]'")
-  model(demo)
+  demo = _command(under, "demo", commands.demo)
+  _model(demo)
   demo.add_argument("--host", default="127.0.0.1", help="(default 127.0.0.1: this machine alone; 0.0.0.0: the network)")
   demo.add_argument("--port", type=_port, default=7860, help="(default 7860; 0: a free one, which is printed)")
 
-  convert = command("convert", _convert, "weights of the PyTorch release in, or out again")
+
+def _add_proof(under) -> None:
+  convert = _command(under, "convert", commands.convert)
   convert.add_argument(
     "--from",
     dest="source",
@@ -208,25 +233,24 @@ def make_parser() -> argparse.ArgumentParser:
   convert.add_argument("--part", help="with --format safetensors: this part alone, as its own library loads it")
   convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as it is)")
 
-  verify = command("verify", _verify, "replay recorded reference activations; exit status 1 on any miss")
+  verify = _command(under, "verify", commands.verify)
   verify.add_argument("fixtures", nargs="+", type=Path, metavar="FIXTURE_DIR")
   verify.add_argument("--json", action="store_true", help="print the result as JSON")
 
-  doctor = command("doctor", _doctor, "the first ten minutes on a new slice, GPU or CPU: is all right, how fast is it?")
+  doctor = _command(under, "doctor", commands.doctor)
   doctor.add_argument("--model", default="micro", metavar="DIR", help="what trains and draws (default micro)")
   doctor.add_argument("--out", type=Path, metavar="DIR", help="gets doctor.json and a picture, to share")
   doctor.add_argument("--recordings", nargs="+", type=Path, metavar="DIR", help="(default: those of a checkout)")
 
-  data = command("data", None, "make and look at data").add_subparsers(
-    dest="data_command", required=True, metavar="COMMAND", parser_class=_Parser
-  )
-  shapes = command("make-shapes", _make_shapes, "write the corpora of the built-in world", data)
+
+def _add_data(under) -> None:
+  shapes = _command(under, "make-shapes", commands.make_shapes)
   shapes.add_argument("--out", required=True, type=Path, metavar="DIR")
   shapes.add_argument("--seed", type=int, default=0)
   for size in ("contrastive", "pretrain", "instruct", "understanding", "text-only", "held-out", "shard-size"):
     shapes.add_argument(f"--{size}", type=_count, default=argparse.SUPPRESS, metavar="N")
-  cache = command("cache-features", _cache_features, "compute the CLIP features of pictures once, to train from", data)
-  model(cache)
+  cache = _command(under, "cache-features", commands.cache_features)
+  _model(cache)
   cache.add_argument(
     "--data", required=True, nargs="+", metavar="SHARDS", help="pictures with captions, as for training"
   )
@@ -241,19 +265,19 @@ def make_parser() -> argparse.ArgumentParser:
     ("threads", "that read and decode (default 8)"),
   ):
     cache.add_argument(f"--{option}", type=_positive, default=argparse.SUPPRESS, metavar="N", help=text)
-  index = command("index", _index, "leave beside tar shards where their samples lie, for a fast start", data)
+  index = _command(under, "index", commands.index)
   index.add_argument("path", nargs="+", metavar="PATH", help="shards, folders or patterns, local or in a bucket")
   index.add_argument("--processes", type=_positive, default=os.cpu_count(), metavar="N")
-  inspect = command("inspect", _inspect, "what the model will see: pictures, prompts, tokens, bad samples, speed", data)
+  inspect = _command(under, "inspect", commands.inspect)
   what = inspect.add_mutually_exclusive_group(required=True)
   what.add_argument("path", nargs="?", metavar="PATH", help="shards or a .jsonl as they are")
   what.add_argument("--config", type=Path, metavar="FILE", help="an experiment: its samples as training builds them")
   inspect.add_argument("--num", type=_positive, default=argparse.SUPPRESS, help="samples (default 3; of a config 256)")
   inspect.add_argument("--out", type=Path, default=Path("inspected"), metavar="DIR", help="of a config (default here)")
 
-  caption = command("caption", _caption, "caption pictures by the model's own chat, into shards to train from", data)
+  caption = _command(under, "caption", commands.caption)
   caption.about = "blip3o_jax.jobs.caption"
-  model(caption)
+  _model(caption)
   caption.add_argument("--data", required=True, metavar="PATH", help="tar shards, .jsonl, ..., or a folder of them")
   caption.add_argument("--out", required=True, type=Path, metavar="DIR", help="of this job alone")
   caption.add_argument("--style", choices=("long", "short"), default="long")
@@ -261,12 +285,10 @@ def make_parser() -> argparse.ArgumentParser:
   caption.add_argument("--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N")
   caption.add_argument("--fsdp", type=_positive, default=argparse.SUPPRESS, metavar="N")
 
-  bench = command("bench", None, "measure").add_subparsers(
-    dest="bench_command", required=True, metavar="NAME", parser_class=_Parser
-  )
 
-  def measure(name, call, help):
-    added = command(name, call, help, bench)
+def _add_bench(under) -> None:
+  def measure(name, call, help=None):
+    added = _command(under, name, call, help)
     added.add_argument("--out", type=Path, metavar="FILE.json")
     return added
 
@@ -276,29 +298,28 @@ def make_parser() -> argparse.ArgumentParser:
       added.add_argument(f"--{option}", type=_positive, default=argparse.SUPPRESS, metavar="N", help=text)
     return added
 
-  sized(measure("train-step", _bench_train_step, "a training step against that of the release's recipe"), 4, 4)
-  loading = measure("data", _bench_data, "the data pipeline against a plain loop over the same pictures")
+  sized(measure("train-step", commands.bench_train_step), 4, 4)
+  loading = measure("data", commands.bench_data)
   loading.add_argument("--processes", type=_positive, default=2, metavar="N", help="measure with 1 and N (default 2)")
   for name, help in (
-    ("dit", "the diffusion transformer, forward, and forward and backward"),
-    ("backbone", "the language model: prompts and queries to the condition"),
-    ("encoder", "the CLIP encoder: pictures to pooled features"),
-    ("decoder", "a step of the UNet, and the VAE's decoding"),
-    ("generate", "whole pictures, one and eight at once"),
-    ("chat", "the first token, and tokens a second"),
-    ("checkpoint", "saving and restoring what trains, beside a plain copy"),
-    ("convert", "the release's layout written and read, beside a plain copy"),
-    ("all", "all of these parts"),
+    ("dit", "The diffusion transformer, forward, and forward and backward."),
+    ("backbone", "The language model: prompts and queries to the condition."),
+    ("encoder", "The CLIP encoder: pictures to pooled features."),
+    ("decoder", "A step of the UNet, and the VAE's decoding."),
+    ("generate", "Whole pictures, one and eight at once."),
+    ("chat", "The first token, and tokens a second."),
+    ("checkpoint", "Saving and restoring what trains, beside a plain copy."),
+    ("convert", "The release's layout written and read, beside a plain copy."),
+    ("all", "All of these parts."),
   ):
-    part = sized(measure(name, _bench_parts, help), "2; of a preset 8", 5)
+    part = sized(measure(name, commands.bench_parts, help), "2; of a preset 8", 5)
     if name not in ("checkpoint", "convert"):
       part.add_argument("--vs", choices=("torch",), default="", help="beside the release's own building blocks")
 
-  evaluation = command("eval", None, "score a model").add_subparsers(
-    dest="eval_command", required=True, metavar="BENCHMARK", parser_class=_Parser
-  )
-  shapes = command("shapes", _eval_shapes, "does it draw what prompts of the built-in world say?", evaluation)
-  model(shapes)
+
+def _add_eval(under) -> None:
+  shapes = _command(under, "shapes", commands.eval_shapes)
+  _model(shapes)
   shapes.add_argument("--out", required=True, type=Path, metavar="DIR")
   shapes.add_argument("--split", choices=("heldout", "seen"), default="heldout")
   shapes.add_argument("--num", type=_positive, default=4, help="pictures a prompt (default 4)")
@@ -313,20 +334,22 @@ def make_parser() -> argparse.ArgumentParser:
     ("wise", 1, "a file of its data, or the folder of them"),
     ("mjhq", 1, "meta_data.json"),
   ):
-    added = command(name, _eval_folder, f"draw the folder that the scorer of {name} reads", evaluation)
+    added = _command(under, name, commands.eval_folder, f"Draw the folder that the scorer of {name} reads.")
     added.about = f"blip3o_jax.evaluation.{name}"  # its docstring says how to score
-    model(added)
+    _model(added)
     added.add_argument("--prompts", required=True, type=Path, metavar="PATH", help=f"the benchmark's own: {takes}")
-    job(added, num)
-    drawing(added, seed=42)
-  understanding = command("understanding", _eval_understanding, "run lmms-eval on a model", evaluation)
+    _job(added, num)
+    _drawing(added, seed=42)
+  understanding = _command(under, "understanding", commands.eval_understanding)
   understanding.about = "blip3o_jax.evaluation.understanding"
-  model(understanding)
+  _model(understanding)
   understanding.add_argument("--tasks", required=True, metavar="TASK,TASK", help="as lmms-eval calls them")
   understanding.add_argument("--batch-size", type=_positive, default=16)
   understanding.add_argument("--limit", type=_positive, metavar="N", help="this many questions of each task only")
   understanding.add_argument("--out", metavar="DIR", help="of lmms-eval's own logs")
-  return parser
+
+
+# ---- words
 
 
 class _Parser(argparse.ArgumentParser):
@@ -367,233 +390,3 @@ def _setting(text: str) -> tuple[str, object]:
     return name, json.loads(value)
   except ValueError:
     return name, value
-
-
-def _settings(args: argparse.Namespace) -> dict:
-  """The settings of drawing that were given."""
-  return _given(args, "guidance", "steps") | dict(args.set)
-
-
-def _given(args: argparse.Namespace, *names: str) -> dict:
-  """Those of the options that were given: a default is written down once, in what is called."""
-  return {name: getattr(args, name) for name in names if hasattr(args, name)}
-
-
-# ---- the commands
-
-
-def _start_jax():
-  """On this machine or on all of a job, before anything touches a device. What is called here leaves that to it."""
-  from blip3o_jax.sharding import distributed
-
-  distributed.start()
-
-
-def _quickstart(args):
-  _start_jax()
-  from blip3o_jax.apps import quickstart
-
-  quickstart.run(args.workdir, args.from_scratch)
-
-
-def _train(args):
-  from blip3o_jax.training.config import load_config
-
-  profile = [f"--config.profile={args.profile}"] if args.profile else []
-  config = load_config(args.config, [*args.overrides, *profile])  # a slip answers before jax starts
-  _start_jax()
-  from blip3o_jax.training.trainer import train
-
-  words = ["blip3o", "train", "--config", args.config.as_posix(), "--workdir", args.workdir, *args.overrides]
-  train(config, args.workdir, command=shlex.join(words))
-
-
-def _plan(args):
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")  # arrays are abstract; a TPU of this machine is left alone
-  if args.table:
-    from blip3o_jax.planning import table
-
-    return table.run(args.table, Path("configs"), args.cells)
-  if not args.topology:
-    raise UserError("plan --config needs --topology NAME, such as v5e:16x16")
-  from blip3o_jax.training.config import load_config
-
-  config = load_config(args.config, args.overrides)
-  from blip3o_jax.planning import plan, search
-
-  work = search.run if args.search else plan.run
-  work(config, args.topology, slices=args.slices, job=args.job, as_json=args.json)
-
-
-def _generate(args):
-  if args.prompts is not None:
-    from blip3o_jax.jobs.generate import Rows
-
-    return _draw_all(args, Rows)
-  from blip3o_jax.jobs.generate import draw_few
-
-  options = {"num": args.num, "seed": args.seed, "settings": _settings(args), **_given(args, "compile_cache")}
-  for path, prompt in draw_few(args.model, args.prompt, args.out, **options):
-    print(f"{path}  {prompt}", flush=True)
-
-
-def _draw_all(args, prompts):
-  _start_jax()
-  from blip3o_jax.jobs import generate
-
-  options = _given(args, "batch_size", "fsdp", "compile_cache")
-  settings = {"num": args.num, "seed": args.seed, "settings": _settings(args)}
-  print(generate.run(args.model, prompts(args.prompts), args.out, **settings, **options))
-
-
-def _eval_folder(args):
-  _draw_all(args, importlib.import_module(f"blip3o_jax.evaluation.{args.eval_command}").Prompts)
-  print(f"`blip3o eval {args.eval_command} --help` says how to score it")
-
-
-def _eval_understanding(args):
-  from blip3o_jax.evaluation import understanding
-
-  understanding.run(args.model, args.tasks, batch_size=args.batch_size, limit=args.limit, out=args.out)
-
-
-def _edit(args):
-  from blip3o_jax.data.outputs import encode_png, write_atomically
-  from blip3o_jax.inference.model import load
-
-  model = load(args.model, **_given(args, "compile_cache"))
-  edited = model.edit(args.image, args.instruction, seed=args.seed, **_settings(args))
-  for image, picture in zip(args.image, edited, strict=True):
-    path = args.out / f"{image.stem}-edited.png"
-    write_atomically(path, encode_png(picture))
-    print(path)
-
-
-def _chat(args):
-  from blip3o_jax.apps.chat import chat
-  from blip3o_jax.inference.model import load
-
-  settings = _given(args, "max_new_tokens", "temperature", "top_p", "top_k")
-  chat(load(args.model, **_given(args, "compile_cache")), args.prompt, args.image, args.out, **settings)
-
-
-def _reconstruct(args):
-  from blip3o_jax.data.outputs import encode_png, write_atomically
-  from blip3o_jax.inference.model import load
-
-  path = args.out / f"{args.image.stem}.png"
-  write_atomically(path, encode_png(load(args.model, **_given(args, "compile_cache")).reconstruct(args.image)[0]))
-  print(path)
-
-
-def _demo(args):
-  from blip3o_jax.apps import demo
-
-  demo.run(args.model, args.host, args.port, **_given(args, "compile_cache"))
-
-
-def _convert(args):
-  from blip3o_jax.porting import locate
-
-  for line in locate.convert_model(args.source, args.to, format=args.format, part=args.part, dtype=args.dtype):
-    print(line)
-
-
-def _verify(args):
-  from blip3o_jax import verification
-
-  verification.verify(args.fixtures, as_json=args.json)
-
-
-def _doctor(args):
-  _start_jax()
-  from blip3o_jax import verification
-  from blip3o_jax.planning import doctor
-
-  doctor.run(args.model, args.out, args.recordings or doctor.default_recordings(), verification.replay)
-
-
-def _make_shapes(args):
-  from blip3o_jax.data.shapes_corpus import make_shapes
-
-  sizes = ("contrastive", "pretrain", "instruct", "understanding", "text_only", "held_out", "shard_size")
-  print(make_shapes(args.out, seed=args.seed, **_given(args, *sizes)))
-
-
-def _cache_features(args):
-  _start_jax()
-  from blip3o_jax.jobs import cache_features
-
-  options = _given(args, "resize", "dtype", "batch_size", "shard_size", "threads")
-  cache_features.run(args.model, args.data, args.out, **options)
-
-
-def _caption(args):
-  _start_jax()
-  from blip3o_jax.jobs import caption
-
-  options = _given(args, "batch_size", "fsdp", "compile_cache")
-  print(caption.run(args.model, args.data, args.out, style=args.style, prompt=args.prompt, **options))
-
-
-def _index(args):
-  from blip3o_jax.data import tars
-
-  for shard, samples in tars.index(args.path, args.processes):
-    print(f"{shard}: {samples} samples", flush=True)
-
-
-def _inspect(args):
-  if args.config:
-    from blip3o_jax.jobs import inspect_data
-    from blip3o_jax.training.config import load_config
-
-    lines = inspect_data.run(load_config(args.config, args.overrides), args.out, **_given(args, "num"))
-  else:
-    from blip3o_jax.data.inputs import describe
-
-    lines = describe(args.path, **_given(args, "num"))
-  for line in lines:
-    print(line, flush=True)
-
-
-def _bench_train_step(args):
-  from blip3o_jax.benchmarks import train_step
-
-  train_step.run(preset=args.preset, out=args.out, **_given(args, "batch_size", "rounds"))
-
-
-def _bench_parts(args):
-  from blip3o_jax.benchmarks import run
-
-  names = list(run.CASES) if args.bench_command == "all" else [args.bench_command]
-  run.run(names, preset=args.preset, vs=getattr(args, "vs", ""), out=args.out, **_given(args, "batch_size", "rounds"))
-
-
-def _bench_data(args):
-  from blip3o_jax.benchmarks import data
-
-  for line in data.run(args.out, processes=args.processes):
-    print(line, flush=True)
-
-
-def _eval_shapes(args):
-  from blip3o_jax.evaluation import shapes
-
-  score = shapes.run(
-    args.model,
-    args.out,
-    split=args.split,
-    num=args.num,
-    seed=args.seed,
-    questions_dir=args.questions,
-    limit=args.limit,
-  )
-  print(f"{'family':<16} {'right':>6} {'control':>8}")
-  for family, right in score.families.items():
-    print(f"{family:<16} {right:6.3f} {score.control_families.get(family, 0.0):8.3f}")
-  print(f"{'overall':<16} {score.overall:6.3f} {score.control:8.3f}")
-  print(f"standard error {score.standard_error:.3f}, {score.pictures} pictures")
-  for name, kinds in score.understanding.items():
-    print(f"questions, {name}: " + ", ".join(f"{kind} {share:.3f}" for kind, share in kinds.items()))
-  print(args.out / "scores.json")

@@ -24,6 +24,7 @@ FLOORS = [
   {"training", "evaluation"},
   {"planning", "verification", "benchmarks", "jobs"},
   {"apps"},
+  {"commands"},
   {"cli"},
   {"__main__"},
 ]
