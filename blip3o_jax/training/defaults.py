@@ -38,7 +38,7 @@ def default_config() -> ConfigDict:
   config.trainable = ("dit/", "queries/")  # regular expressions from the start of "component/path"
   config.init_from = ""  # a model directory
   config.tokenizer = ""  # a folder with tokenizer.json; "" = that of init_from
-  config.data = {}  # fields of data.pipeline.DataConfig and Reading
+  config.data = {}  # fields of data.builders.DataConfig and data.pipeline.Reading
 
   config.optimizer = {
     "name": "adamw",
