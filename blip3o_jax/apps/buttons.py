@@ -18,6 +18,7 @@ from blip3o_jax.jobs.generate import picture_facts
 from blip3o_jax.sharding.distributed import whole
 
 MOST_PICTURES = 16  # of one request, which holds up the others
+Field = float | None  # a number on the page, or None where it was left empty
 Said = Iterator[dict[str, Any]]  # {part of the page: its new value}, again and again while the work goes on
 
 
@@ -25,7 +26,7 @@ class Buttons:
   """Each method is a button and yields {part of the page: its new value} as it goes on.
 
   Parts: "gallery" files; "edited" a file; "chat" bubbles {"role", "content"}; "talk" what the next turn needs; "asked"
-  the box of the dialogue; "status" HTML. Pictures come as files. An empty number field is None.
+  the box of the dialogue; "status" HTML. Pictures come as files.
 
   All raise UserError for what cannot be done; `spoken` makes a line of it.
   """
@@ -35,7 +36,7 @@ class Buttons:
     self.model, self.folder = model, folder
     self._count = 0
 
-  def draw(self, prompt: str, num: float | None, seed: float | None, guidance: float, steps: float) -> Said:
+  def draw(self, prompt: str, num: Field, seed: Field, guidance: Field, steps: Field) -> Said:
     """Pictures of a caption, one by one: one compiled program serves any number, and each is shown when it is done."""
     num, settings = _whole("number of pictures", num), _settings(seed, guidance, steps)
     if not 1 <= num <= MOST_PICTURES:
@@ -50,14 +51,14 @@ class Buttons:
     drawn = "1 picture" if num == 1 else f"{num} pictures"
     yield {"gallery": files, "status": finished(f"{drawn} of seed {seed}", start)}
 
-  def edit(self, picture: str | None, instruction: str, seed: float | None, guidance: float, steps: float) -> Said:
+  def edit(self, picture: str | None, instruction: str, seed: Field, guidance: Field, steps: Field) -> Said:
     """A picture drawn anew by an instruction."""
     if not instruction.strip():
       raise UserError("the instruction is empty; say what to change, or press Reconstruct")
     settings = _settings(seed, guidance, steps)
     yield from self._anew(picture, "Drawing it anew", lambda: self.model.edit(picture, instruction, **settings))
 
-  def reconstruct(self, picture: str | None, seed: float | None) -> Said:
+  def reconstruct(self, picture: str | None, seed: Field) -> Said:
     """A picture drawn again from its CLIP features."""
     seed = _whole("seed", seed)
     yield from self._anew(picture, "Reconstructing", lambda: self.model.reconstruct(picture, seed=seed))
@@ -76,7 +77,7 @@ class Buttons:
     yield {"chat": chat, "talk": _talk(dialogue, chat), "status": finished("Answered", start)}
 
   def draw_next(
-    self, asked: Mapping[str, Any], talk: Mapping | None, seed: float | None, guidance: float, steps: float
+    self, asked: Mapping[str, Any], talk: Mapping | None, seed: Field, guidance: Field, steps: Field
   ) -> Said:
     """A picture in the light of the dialogue so far."""
     dialogue, chat = self._turn(asked, talk)
@@ -130,11 +131,13 @@ def _talk(dialogue: Dialogue, chat: list[dict]) -> dict:
   return {"messages": dialogue.messages, "chat": chat}
 
 
-def _settings(seed: float | None, guidance: float, steps: float) -> dict:
+def _settings(seed: Field, guidance: Field, steps: Field) -> dict:
+  if guidance is None:
+    raise UserError("the guidance is missing; give a number, 3 is usual")
   return {"seed": _whole("seed", seed), "guidance": guidance, "steps": _whole("number of steps", steps)}
 
 
-def _whole(what: str, value: float | None) -> int:
+def _whole(what: str, value: Field) -> int:
   if value is None or value != int(value):
     raise UserError(f"the {what} is {'missing' if value is None else value}; give a whole number")
   return int(value)

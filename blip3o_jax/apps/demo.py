@@ -6,6 +6,7 @@ that goes when the server ends.
 """
 
 import functools
+import html
 import os
 import random
 import socket
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blip3o_jax.apps.buttons import MOST_PICTURES, Buttons
+from blip3o_jax.apps.buttons import MOST_PICTURES, Buttons, working
 from blip3o_jax.data import shapes
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference.model import Model, load
@@ -142,30 +143,32 @@ def page(buttons: Buttons):
   model = buttons.model
   prompts, questions, instructions = examples(model)
   with gradio.Blocks(analytics_enabled=False, title="BLIP3-o", delete_cache=(3600, 86400)) as blocks:
-    gradio.HTML(f"<h1>BLIP3-o</h1><p>Draw with <b>{model.name}</b>, ask it, change what it drew.</p>", elem_id="head")
+    name = html.escape(model.name)
+    gradio.HTML(f"<h1>BLIP3-o</h1><p>Draw with <b>{name}</b>, ask it, change what it drew.</p>", elem_id="head")
     with gradio.Accordion("Settings of all that is drawn", open=False, render=False) as settings:
+      with gradio.Row():  # numbers, not sliders: these would mend what is out of bounds without a word
+        seed = gradio.Number(0, label="Seed", elem_id="seed", min_width=90)
+        guidance = gradio.Number(model.sampling.guidance, label="Guidance", step=0.5, elem_id="guidance", min_width=90)
+        steps = gradio.Number(model.sampling.steps, label="Steps", elem_id="steps", min_width=90)
       with gradio.Row():
-        seed = gradio.Number(0, label="Seed", precision=0, elem_id="seed", min_width=120)
-        guidance = gradio.Slider(0, 20, model.sampling.guidance, step=0.5, label="Guidance", min_width=200)
-        most = max(100, model.sampling.steps)
-        steps = gradio.Slider(1, most, model.sampling.steps, step=1, label="Steps", elem_id="steps", min_width=200)
-      another = gradio.Button("Another seed", size="sm")
+        another = gradio.Button("Another seed", size="sm", scale=0, min_width=140)
       gradio.HTML("The same seed draws the same pictures. New guidance or steps compile first.", elem_classes="note")
     drawing = [seed, guidance, steps]
     on = functools.partial(_on, buttons)
     with gradio.Tab("Draw"):
-      with gradio.Row():
-        with gradio.Column(scale=2, min_width=300):
+      with gradio.Row(elem_id="drawing"):
+        with gradio.Column(min_width=300):
           prompt = gradio.Textbox(label="Prompt", placeholder=prompts[0], lines=2, max_lines=8, elem_id="prompt")
           num = gradio.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures", elem_id="num")
           draw = gradio.Button("Draw", variant="primary", elem_id="draw")
           status = gradio.HTML(elem_id="draw-status")
-        with gradio.Column(scale=3, min_width=300):
+        with gradio.Column(min_width=300):
           gallery = gradio.Gallery(
             show_label=False, columns=2, object_fit="contain", height="auto", elem_id="gallery", interactive=False,
             buttons=["download", "download_all", "fullscreen"],
           )  # fmt: skip
-      gradio.Examples([[words] for words in prompts], prompt, label="For example")
+        with gradio.Column(min_width=300):
+          gradio.Examples([[words] for words in prompts], prompt, label="For example")
       inputs, parts = [prompt, num, *drawing], {"gallery": gallery, "status": status}
       on([draw.click, prompt.submit], buttons.draw, inputs, parts)
 
@@ -221,13 +224,15 @@ def _on(buttons: Buttons, events, work, inputs, parts) -> None:
     for news in buttons.spoken(work, *values):
       yield {parts[name]: value for name, value in news.items()}
 
-  gradio.on(
-    events,
+  # At once, without a place in the queue.
+  waiting = gradio.on(
+    events, lambda: working("Waiting for its turn"), outputs=parts["status"], queue=False, api_visibility="private"
+  )
+  waiting.then(
     said,
     inputs,
     list(parts.values()),
-    show_progress="minimal",
-    show_progress_on=parts["status"],
+    show_progress="hidden",
     concurrency_limit=1,
     concurrency_id="device",
     api_visibility="private",
@@ -250,6 +255,10 @@ _CSS = """
 #chat .placeholder { text-align: center; padding: 1rem; }
 #chat button[title="Share"], #chat button[aria-label="Share"] { display: none; }
 #picture img, #edited img { width: 100%; height: 100%; object-fit: contain; }
+@media (min-width: 800px) {  /* on a phone the pictures lie between the button and the examples */
+  #drawing { display: grid; grid-template: auto 1fr / 2fr 3fr; }
+  #drawing > :nth-child(2) { grid-area: 1 / 2 / 3 / 3; }
+}
 #gallery .grid-wrap { max-height: none !important; overflow: visible; }
 .line { min-height: 1.6rem; display: flex; gap: 0.8rem; align-items: center; }
 .line span { color: var(--body-text-color-subdued) !important; }

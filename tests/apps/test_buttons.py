@@ -67,6 +67,7 @@ def test_draw_shows_each_picture_when_it_is_done(buttons, model):
     ({"seed": 10**20}, "is no whole number from 0"),
     ({"steps": -3}, "steps are -3"),
     ({"steps": 2.5}, "number of steps is 2.5"),
+    ({"guidance": None}, "the guidance is missing"),
     ({"guidance": 1e9}, "guidance is 1000000000.0; take 0 to 100"),
     ({"guidance": float("nan")}, "guidance is nan"),
   ],

@@ -30,7 +30,7 @@ from blip3o_jax.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent.parent
 FLAGS = (
   "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-  "--disable-component-update --disable-sync --hide-scrollbars --window-size=1200,900"
+  "--disable-component-update --disable-sync --hide-scrollbars --window-size=1120,1000"
 )
 
 
@@ -161,6 +161,12 @@ def test_the_page_in_a_browser(browser, server, outside, tmp_path):
   page.click("#draw")
   page.wait("#draw-status [role=alert]", "the prompt is empty; say what to draw")
   page.type("#prompt textarea", "a purple circle and an orange square")
+  page.click(".label-wrap", "Settings")
+  page.type("#steps input", "\ue009a\ue000-5")  # control-a, then over what was there
+  page.click("#draw")
+  page.wait("#draw-status [role=alert]", "steps are -5")
+  page.type("#steps input", "\ue009a\ue00030")
+  page.click(".label-wrap", "Settings")
   page.click("#draw")
   page.wait("#draw-status progress")
   page.wait("#draw-status", "4 pictures of seed 0 · ")
