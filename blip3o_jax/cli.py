@@ -278,7 +278,7 @@ def _add_data(under) -> None:
   caption = _command(under, "caption", commands.caption)
   caption.about = "blip3o_jax.jobs.caption"
   _model(caption)
-  caption.add_argument("--data", required=True, metavar="PATH", help="tar shards, .jsonl, ..., or a folder of them")
+  caption.add_argument("--data", required=True, metavar="PATH", help="tar shards of pictures, .jsonl, ..., or a folder")
   caption.add_argument("--out", required=True, type=Path, metavar="DIR", help="of this job alone")
   caption.add_argument("--style", choices=("long", "short"), default="long")
   caption.add_argument("--prompt", metavar="TEXT", help="ask this (default: what the style asks)")

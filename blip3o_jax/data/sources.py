@@ -55,8 +55,11 @@ class SourceConfig:
   split: str = "train"
 
 
-def open_source(cfg: SourceConfig | str | os.PathLike) -> Source:
+def open_source(cfg: SourceConfig | str | os.PathLike, *, captions: bool = True) -> Source:
   """The source that a config or a plain path means.
+
+  Args:
+    captions: refuse tars of pictures alone.
 
   Raises:
     UserError: nothing there, files of several kinds, or what is wrong with them.
@@ -74,7 +77,7 @@ def open_source(cfg: SourceConfig | str | os.PathLike) -> Source:
   if len(kinds) > 1:
     raise UserError(f"{cfg.path} holds data of several kinds ({', '.join(sorted(kinds))}); name the files of one")
   if kinds == {"tar"}:
-    return TarSource(shards)
+    return TarSource(shards, captions)
   return (JsonlSource if kinds == {"jsonl"} else ArrayRecordSource)(shards, cfg)
 
 

@@ -39,7 +39,8 @@ def write(path: str | os.PathLike, members: Iterable[tuple[str, bytes]]) -> None
 
 
 class TarSource:
-  """Samples of tars: members `<key>.<image extension>` and `<key>.txt` in one shard are one sample.
+  """Samples of tars: members `<key>.<image extension>` and `<key>.txt` in one shard are one sample. A shard may hold
+  pictures alone, for those who need no captions.
 
   The index of a shard (16 bytes a sample) is made on first use and kept in a folder `.index` beside it, or, where that
   cannot be written, in the user's cache; it is mapped into memory, so worker processes share it. `blip3o data index`
@@ -48,15 +49,19 @@ class TarSource:
 
   Args:
     shards: paths, local or in a bucket, in the order of the samples.
+    captions: refuse shards of pictures alone.
 
   Raises:
     UserError: a compressed or truncated shard, a member without a partner, two members of one name, no samples at all.
   """
 
-  def __init__(self, shards: list[str]):
+  def __init__(self, shards: list[str], captions: bool = True):
     self.shards = shards
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
       self._rows = list(pool.map(index_shard, shards))
+    bare = [shard for shard, rows in zip(shards, self._rows, strict=True) if len(rows) and rows[0, 2] == 0]
+    if captions and bare:
+      raise UserError(f"shard {bare[0]} holds pictures without captions (.txt); `blip3o data caption` writes them")
     self._starts = np.cumsum([0] + [len(rows) for rows in self._rows]).tolist()
     if not len(self):
       raise UserError(f"no samples in {shards[0]}{' and others' if len(shards) > 1 else ''}")
@@ -76,7 +81,7 @@ class TarSource:
     return f"TarSource({len(self.shards)} shards, {len(self)} samples)"
 
   def __getitem__(self, index: int) -> dict:
-    """{"image": bytes, "text": str, "name": "shard: key"}.
+    """{"image": bytes, "text": str, "name": "shard: key"}; of a shard of pictures alone without "text".
 
     Raises:
       UserError: the shard cannot be read or has changed, or the caption is not UTF-8.
@@ -84,7 +89,7 @@ class TarSource:
     shard = bisect.bisect_right(self._starts, index) - 1
     path = self.shards[shard]
     image_block, image_size, text_block, text_size = self._rows[shard][index - self._starts[shard]].tolist()
-    image_at, text_at = image_block * _BLOCK, text_block * _BLOCK
+    image_at, text_at = image_block * _BLOCK, (text_block or image_block) * _BLOCK
     first, last = min(image_at, text_at) - _BLOCK, max(image_at + image_size, text_at + text_size)
     if last - first <= image_size + text_size + _GAP:
       content = files.read(path, first, last - first)
@@ -92,6 +97,8 @@ class TarSource:
     else:
       piece = lambda at, size: files.read(path, at, size)
     name = f"{path}: {_key(path, piece(image_at - _BLOCK, _BLOCK), image_size)}"
+    if not text_block:
+      return {"image": piece(image_at, image_size), "name": name}
     try:
       text = piece(text_at, text_size).decode()
     except UnicodeDecodeError:
@@ -146,7 +153,8 @@ def _index_beside(shard: str) -> int:
 
 
 def index_shard(shard: str, *, beside: bool = False) -> np.ndarray:
-  """Where the samples of a shard lie, uint32 [n, 4]: block and size of the image, block and size of the caption.
+  """Where the samples of a shard lie, uint32 [n, 4]: block and size of the image, block and size of the caption; these
+  are 0 in a shard of pictures alone.
 
   Args:
     beside: leave the index beside the shard even in a bucket (and say so if that fails), for other machines.
@@ -229,11 +237,13 @@ def _read_headers(shard: str, stream: BinaryIO) -> np.ndarray:
       raise tarfile.ReadError
   except tarfile.ReadError:
     raise UserError(f"shard {shard} is truncated or no tar, after member {last}; fetch it again") from None
+  alone = not any("text" in pair for pair in pairs.values())
   for key, pair in pairs.items():
-    if len(pair) < 2:
+    if len(pair) < 2 and not alone:
       lacks = "caption .txt" if "image" in pair else "image"
       raise UserError(f"shard {shard}: {key} has no {lacks}; every sample needs an image and a .txt")
-  rows = np.array([[*pair["image"], *pair["text"]] for pair in pairs.values()], np.int64).reshape(-1, 4)
+  rows = [[*pair["image"], *pair.get("text", (0, 0))] for pair in pairs.values()]
+  rows = np.array(rows, np.int64).reshape(-1, 4)
   if rows.size and rows.max() >= 2**32:
     raise UserError(f"shard {shard} has members of more than 4 GiB, or lies beyond 2 TiB; split it")
   return rows.astype(np.uint32)

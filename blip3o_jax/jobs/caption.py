@@ -44,7 +44,7 @@ def run(
   """Caption every picture of a source; returns a line that says where.
 
   Args:
-    data: whatever data.sources.open_source takes; captions that it has are not looked at.
+    data: whatever data.sources.open_source takes, shards of pictures alone too; captions are not looked at.
     style: of STYLES. prompt: ask this instead. fsdp: devices over which the weights are cut.
 
   Raises:
@@ -52,7 +52,7 @@ def run(
   """
   if style not in STYLES:
     raise UserError(f"style {style!r} is unknown; choose one of {', '.join(STYLES)}")
-  source, out = open_source(data), writable_folder(out)
+  source, out = open_source(data, captions=False), writable_folder(out)
   model = load(model_name, mesh=local_mesh(fsdp), compile_cache=compile_cache)
   words, tokens = STYLES[style]
   asked = prompt or words

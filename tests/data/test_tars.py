@@ -171,6 +171,19 @@ def test_structure_errors_name_shard_and_member(tmp_path):
     open_source(tmp_path / "nowhere")
 
 
+def test_pictures_alone(tmp_path):
+  path = write_tar(tmp_path / "a.tar", [("k.jpg", b"I" * 900), ("k.json", b"{}"), ("l.png", b"J")])
+  with pytest.raises(UserError, match=r"a\.tar holds pictures without captions \(\.txt\); `blip3o data caption`"):
+    open_source(path)
+  source = open_source(path, captions=False)
+  assert [source[i] for i in range(len(source))] == [
+    {"image": b"I" * 900, "name": f"{path}: k"},
+    {"image": b"J", "name": f"{path}: l"},
+  ]
+  with pytest.raises(UserError, match="k has no image"):  # captions alone are of no use to anybody
+    open_source(write_tar(tmp_path / "b.tar", [("k.txt", b"a circle")]), captions=False)
+
+
 def test_caption_that_is_not_utf8_fails_when_read(tmp_path):
   source = open_source(write_tar(tmp_path / "a.tar", pair("good") + pair("bad", b"\xff\xfe\xff")))
   assert source[0]["text"] == "a circle"
