@@ -76,7 +76,7 @@ test)
   shift
   if [[ " $* " == *" --slow "* ]]; then
     status=0
-    "$python" -m pytest "$@" || status=$?
+    "$python" -m pytest -n 2 "$@" || status=$?
     if [[ $status == 5 ]]; then # pytest's word for "nothing was collected"
       say "there are no slow tests here"
       exit 0
