@@ -87,7 +87,7 @@ def vision(backbone: BackboneConfig, shapes: Mapping[str, tuple[int, ...]]) -> f
   if isinstance(backbone, Qwen3SiglipConfig) and "images" in shapes:
     tokens = backbone.vision.side**2
     projector = matmul(tokens, backbone.vision.width, backbone.dim, backbone.dim)
-    return shapes["images"][1] * (siglip(backbone.vision) + projector)
+    return shapes["images"][1] * (clip_encoder(backbone.vision) + projector)
   return 0.0
 
 
@@ -103,21 +103,12 @@ def qwen_vision(cfg: VisionConfig, patches: int) -> float:
 
 
 def clip_encoder(cfg: EvaClipConfig | SiglipConfig) -> float:
-  """The encoder of what is drawn, EVA-CLIP or SigLIP2, on one picture."""
-  if isinstance(cfg, SiglipConfig):
-    return siglip(cfg)
-  tokens = cfg.side**2 + 1
+  """EVA-CLIP, or SigLIP without its pooling head, on one picture."""
+  patches = cfg.side**2
+  tokens = patches + isinstance(cfg, EvaClipConfig)  # its class token
   layer = matmul(tokens, cfg.width, 4 * cfg.width) + attention(tokens, tokens, cfg.width)
   layer += matmul(tokens, cfg.width, cfg.mlp_dim, cfg.width)
-  return matmul(cfg.side**2, cfg.patch_size**2 * 3, cfg.width) + cfg.layers * layer
-
-
-def siglip(cfg: SiglipConfig) -> float:
-  """SigLIP on one picture, without its pooling head."""
-  tokens = cfg.side**2
-  layer = matmul(tokens, cfg.width, 4 * cfg.width) + attention(tokens, tokens, cfg.width)
-  layer += matmul(tokens, cfg.width, cfg.mlp_dim, cfg.width)
-  return matmul(tokens, cfg.patch_size**2 * 3, cfg.width) + cfg.layers * layer
+  return matmul(patches, cfg.patch_size**2 * 3, cfg.width) + cfg.layers * layer
 
 
 def text_tower(cfg: TextTowerConfig, length: int, tokens: int, channels: int) -> float:

@@ -26,6 +26,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from blip3o_jax.errors import UserError
 
 NAMES = (
@@ -54,6 +57,13 @@ def get(name: str) -> types.ModuleType:
   if missing := [word for word in ("COMPONENTS", "loss") if not hasattr(module, word)]:
     raise UserError(f"objective {name!r} has no {missing[0]}; blip3o_jax/objectives/__init__.py says what one is")
   return module
+
+
+def at_high_noise(losses: jax.Array, high: jax.Array) -> dict[str, jax.Array]:
+  """The metric "mse_high_noise" of losses [B]: their mean where `high` [B], which says whether the condition is used at
+  all; 0 where none is. As a sum over the batch, as metrics are."""
+  high = high.astype(jnp.float32)
+  return {"mse_high_noise": jnp.sum(losses * high) / jnp.maximum(jnp.sum(high), 1.0) * losses.shape[0]}
 
 
 def check(name: str, args: Mapping[str, Any], trained: Collection[str]) -> None:

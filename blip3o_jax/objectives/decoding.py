@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from blip3o_jax.diffusion import euler_discrete, flow_matching
 from blip3o_jax.models import flops
 from blip3o_jax.models.flops import Pass
+from blip3o_jax.objectives import at_high_noise
 
 COMPONENTS = ("clip", "unet", "vae")
 
@@ -56,6 +57,4 @@ def _loss(params, batch, rng, *, model, drop: float = 0.1, noise: float = 0.0):
   output = call(noisy, t, context, method="unet_predict").astype(jnp.float32)
 
   mse = jnp.mean(jnp.square(output - target), axis=(1, 2, 3))
-  high = (t >= 800).astype(jnp.float32)  # the loss at high noise says whether the condition is used at all
-  metrics = {"mse_high_noise": jnp.sum(mse * high) / jnp.maximum(jnp.sum(high), 1.0) * b}
-  return jnp.sum(mse), jnp.float32(b), metrics
+  return jnp.sum(mse), jnp.float32(b), at_high_noise(mse, t >= 800)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.diffusion import flow_matching
-from blip3o_jax.objectives import decoding
+from blip3o_jax.objectives import at_high_noise, decoding
 
 COMPONENTS = decoding.COMPONENTS
 passes = decoding.passes
@@ -35,5 +35,4 @@ def _loss(params, batch, rng, *, model, drop: float = 0.1, times: str = "discret
   velocity = call(flow_matching.interpolate(latents, noise, sigma), t, context, method="unet_predict")
 
   mse = jnp.mean(jnp.square(velocity.astype(jnp.float32) - flow_matching.target(latents, noise)), axis=(1, 2, 3))
-  high = (sigma > 0.8).astype(jnp.float32)
-  return jnp.sum(mse), jnp.float32(b), {"mse_high_noise": jnp.sum(mse * high) / jnp.maximum(jnp.sum(high), 1.0) * b}
+  return jnp.sum(mse), jnp.float32(b), at_high_noise(mse, sigma > 0.8)

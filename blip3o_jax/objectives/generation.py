@@ -16,6 +16,7 @@ from blip3o_jax.diffusion import flow_matching
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import flops
 from blip3o_jax.models.flops import Pass
+from blip3o_jax.objectives import at_high_noise
 
 COMPONENTS = ("backbone", "queries", "dit", "clip")
 
@@ -70,6 +71,4 @@ def _loss(
 
   target = flow_matching.target(x1, noise).astype(jnp.float32)
   mse = jnp.mean(jnp.square(velocity.astype(jnp.float32) - target), axis=(1, 2, 3))
-  high = (sigma > 0.8).astype(jnp.float32)
-  metrics = {"mse_high_noise": jnp.sum(mse * high) / jnp.maximum(jnp.sum(high), 1.0) * b}
-  return jnp.sum(mse), jnp.float32(b), metrics
+  return jnp.sum(mse), jnp.float32(b), at_high_noise(mse, sigma > 0.8)
