@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,12 +16,20 @@ import numpy as np
 
 from blip3o_jax.data import transforms
 from blip3o_jax.data.pictures import Pictures
-from blip3o_jax.data.templates import RECONSTRUCT
 from blip3o_jax.data.tokenizer import Tokenizer, load_tokenizer
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference import image as drawing
 from blip3o_jax.inference import text as talking
-from blip3o_jax.inference.prompts import Dialogue, Picture, Prompts, Row, shown
+from blip3o_jax.inference.prompts import (
+  Dialogue,
+  Picture,
+  Prompts,
+  Row,
+  edit_request,
+  listed_requests,
+  make_rows,
+  shown,
+)
 from blip3o_jax.models.blip3o import BACKBONES, DESIGNS, Blip3o
 from blip3o_jax.porting.locate import open_model
 from blip3o_jax.porting.preprocessor import open_pictures
@@ -116,7 +124,7 @@ class Model:
     Raises:
       UserError: an empty prompt, an unknown setting, a part that this model directory lacks.
     """
-    requests, _ = _listed_requests(prompts)
+    requests, _ = listed_requests(prompts)
     sampling = self.sampling_with(guidance=guidance, steps=steps, **settings)
     if num < 1:
       raise UserError(f"num is {num}; ask for at least one picture")
@@ -124,7 +132,7 @@ class Model:
     if len(seeds) != len(requests):
       raise UserError(f"{len(seeds)} seeds for {len(requests)} prompts; give one, or one for each")
     self._need(*DESIGNS[self.model.cfg.design])
-    rows = _rows(self.row_to_draw, requests, sampling)
+    rows = make_rows(self.row_to_draw, requests, sampling)
     work = [(p, i) for p in range(len(rows)) for i in range(num)]
     pictures: list[list[np.ndarray]] = [[] for _ in rows]
     for part, real in self.batches(work, self.batch_size):
@@ -208,9 +216,9 @@ class Model:
     Raises:
       UserError: an empty message, a dialogue that ends with the assistant, a picture that cannot be read.
     """
-    requests, single = _listed_requests(messages)
+    requests, single = listed_requests(messages)
     sampling = self.talk_settings(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
-    rows = _rows(self.prompts.to_answer, requests)
+    rows = make_rows(self.prompts.to_answer, requests)
     if stream:
       pieces = self._stream(rows, seed, sampling)
       return (row[0] for row in pieces) if single else pieces
@@ -376,12 +384,6 @@ class Model:
     return transforms.square(transforms.open_picture(picture), self.model.cfg.clip.image_size, "squash")
 
 
-def edit_request(picture: Picture, instruction: str = "") -> Dialogue:
-  """The message of an edit; without an instruction, of a reconstruction (spec 4.4)."""
-  words = f"\n{instruction}" if instruction.strip() else RECONSTRUCT.removeprefix("<image>")
-  return [{"role": "user", "content": [shown(picture), words]}]
-
-
 def _placed(x, sharding: jax.sharding.NamedSharding):
   """The rows of an array, of random keys too, over a mesh that may span several processes; numbers as they are."""
   if not np.ndim(x):
@@ -392,23 +394,5 @@ def _placed(x, sharding: jax.sharding.NamedSharding):
   return jax.device_put(x, sharding)
 
 
-def _rows(make: Callable, requests: Sequence, *args) -> list[Row]:
-  """`make(request, *args)` of each; where there are several, errors say which one they mean."""
-  rows = []
-  for i, request in enumerate(requests):
-    try:
-      rows.append(make(request, *args))
-    except UserError as error:
-      raise (UserError(f"prompt {i}: {error}") if len(requests) > 1 else error) from None
-  return rows
-
-
 def _listed(images: Picture | Sequence[Picture]) -> list[Picture]:
   return list(images) if isinstance(images, list | tuple) else [images]
-
-
-def _listed_requests(requests) -> tuple[list, bool]:
-  """A list of requests, and whether it was but one: a text, or a dialogue (a list of messages)."""
-  if isinstance(requests, str) or (requests and isinstance(requests[0], Mapping)):
-    return [requests], True
-  return list(requests), False

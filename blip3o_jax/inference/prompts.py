@@ -7,7 +7,7 @@ them. Content is a text, or a list of texts and pictures in their order; {"type"
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,30 @@ def bucket(length: int) -> int:
 def shown(picture: Picture) -> Message:
   """A picture as part of a message; bare, a path in a string would be taken for a text."""
   return {"type": "image", "image": picture}
+
+
+def edit_request(picture: Picture, instruction: str = "") -> Dialogue:
+  """The message of an edit; without an instruction, of a reconstruction (spec 4.4)."""
+  words = f"\n{instruction}" if instruction.strip() else templates.RECONSTRUCT.removeprefix("<image>")
+  return [{"role": "user", "content": [shown(picture), words]}]
+
+
+def listed_requests(requests: str | Dialogue | Sequence[str | Dialogue]) -> tuple[list, bool]:
+  """A list of requests, and whether it was but one: a text, or a dialogue (a list of messages)."""
+  if isinstance(requests, str) or (requests and isinstance(requests[0], Mapping)):
+    return [requests], True
+  return list(requests), False
+
+
+def make_rows(make: Callable, requests: Sequence, *args) -> list[Row]:
+  """`make(request, *args)` of each; where there are several, errors say which one they mean."""
+  rows = []
+  for i, request in enumerate(requests):
+    try:
+      rows.append(make(request, *args))
+    except UserError as error:
+      raise (UserError(f"prompt {i}: {error}") if len(requests) > 1 else error) from None
+  return rows
 
 
 class Prompts:

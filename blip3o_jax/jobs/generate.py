@@ -23,8 +23,8 @@ from blip3o_jax.data.inputs import PromptFile
 from blip3o_jax.data.outputs import encode_png, remove_stale, writable_folder, write_atomically
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference.image import Sampling
-from blip3o_jax.inference.model import Model, edit_request, load
-from blip3o_jax.inference.prompts import Row
+from blip3o_jax.inference.model import Model, load
+from blip3o_jax.inference.prompts import Row, edit_request
 from blip3o_jax.jobs.parts import Parts, Progress, closing
 from blip3o_jax.sharding.mesh import make_mesh
 

@@ -12,7 +12,7 @@ from blip3o_jax.apps.chat import chat
 from blip3o_jax.data import templates
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference.dialogue import Dialogue
-from blip3o_jax.inference.model import edit_request
+from blip3o_jax.inference.prompts import edit_request
 
 RED, GRAY = Image.new("RGB", (24, 24), (200, 30, 20)), Image.new("RGB", (24, 24), (128, 128, 128))
 

@@ -52,14 +52,6 @@ def arrays(model, rows):
   return batch.tokens, batch.mask, batch.positions
 
 
-def test_parts_divide_over_all_that_a_batch_is_cut_over(model):
-  mesh = jax.sharding.AbstractMesh((2, 1, 2, 1), AXES)
-  sliced = Model(model.model, model.params, model.tokenizer, model.pictures, model.sampling, mesh=mesh)
-  assert list(sliced.batches([1, 2, 3, 4, 5], 2)) == [([1, 2, 3, 4], 4), ([5] * 4, 1)]
-  assert list(sliced.batches([1], 8)) == [([1] * 4, 1)]
-  assert list(model.batches([1, 2, 3], 2)) == [([1, 2], 2), ([3, 3], 1)]
-
-
 def ask(*content):
   return [{"role": "user", "content": list(content)}]
 
@@ -253,3 +245,11 @@ def test_a_directory_without_a_part_serves_the_others(model, directory, picture,
   model_dir.annotate(small, sampling={"sparkle": 1})
   with pytest.raises(UserError, match="setting 'sparkle' is unknown"):
     blip3o_jax.load(small)
+
+
+def test_parts_divide_over_all_that_a_batch_is_cut_over(model):
+  mesh = jax.sharding.AbstractMesh((2, 1, 2, 1), AXES)
+  sliced = Model(model.model, model.params, model.tokenizer, model.pictures, model.sampling, mesh=mesh)
+  assert list(sliced.batches([1, 2, 3, 4, 5], 2)) == [([1, 2, 3, 4], 4), ([5] * 4, 1)]
+  assert list(sliced.batches([1], 8)) == [([1] * 4, 1)]
+  assert list(model.batches([1, 2, 3], 2)) == [([1, 2], 2), ([3, 3], 1)]
