@@ -298,7 +298,10 @@ def _add_bench(under) -> None:
       added.add_argument(f"--{option}", type=_positive, default=argparse.SUPPRESS, metavar="N", help=text)
     return added
 
-  sized(measure("train-step", commands.bench_train_step), 4, 4)
+  def beside(added):
+    added.add_argument("--vs", choices=("torch",), default="", help="beside the release's own building blocks")
+
+  beside(sized(measure("train-step", commands.bench_train_step), 4, 4))
   loading = measure("data", commands.bench_data)
   loading.add_argument("--processes", type=_positive, default=2, metavar="N", help="measure with 1 and N (default 2)")
   for name, help in (
@@ -314,7 +317,7 @@ def _add_bench(under) -> None:
   ):
     part = sized(measure(name, commands.bench_parts, help), "2; of a preset 8", 5)
     if name not in ("checkpoint", "convert"):
-      part.add_argument("--vs", choices=("torch",), default="", help="beside the release's own building blocks")
+      beside(part)
 
 
 def _add_eval(under) -> None:

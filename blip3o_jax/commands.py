@@ -196,7 +196,7 @@ def bench_train_step(args: argparse.Namespace) -> None:
   """A training step against that of the release's recipe."""
   from blip3o_jax.benchmarks import train_step
 
-  train_step.run(preset=args.preset, out=args.out, **_given(args, "batch_size", "rounds"))
+  train_step.run(preset=args.preset, vs=args.vs, out=args.out, **_given(args, "batch_size", "rounds"))
 
 
 def bench_parts(args: argparse.Namespace) -> None:

@@ -33,6 +33,7 @@ from PIL import Image
 
 from blip3o_jax import benchmarks
 from blip3o_jax.benchmarks import sizes
+from blip3o_jax.benchmarks.torch import rivals
 from blip3o_jax.data import features, pipeline, tars
 from blip3o_jax.data.features import Manifest
 from blip3o_jax.data.sources import open_source
@@ -76,6 +77,7 @@ def run(
   preset: str = "",
   batch_size: int = 4,
   rounds: int = 4,
+  vs: str = "",
   out: Path | None = None,
 ) -> dict[str, Any]:
   """Compare, print and return the figures.
@@ -83,10 +85,11 @@ def run(
   Args:
     preset: "" for the sizes above, or a key of sizes.REAL.
     rounds: timed steps of each; every one takes another batch, the same for both.
+    vs: "torch": the release's step by its own building blocks as well, eager and compiled.
     out: a JSON file of the figures.
 
   Raises:
-    CheckFailed: the losses differ.
+    CheckFailed: the losses differ. UserError: no torch here.
   """
   config = _config(preset, batch_size)
   mesh = make_mesh({"data": 1, "fsdp": -1}, batch_size=batch_size)
@@ -106,6 +109,7 @@ def run(
     peaks = {"plain": benchmarks.peak_bytes(compiled)}
     copied = jax.tree.map(jnp.copy, {name: params[name] for name in plain.state.trained})  # a state keeps what it gets
     plain_run = _Run(compiled, *trainer.fresh_state(plain, params | copied), iter(batches))
+    others = rivals.steps(plain_config, cfg, params, batches) if vs else {}
 
     batches = _batches(ours_config, tokenizer, mesh, rounds + 2)
     peaks["ours"] = benchmarks.peak_bytes(ours.step.lower(ours.state, ours.frozen, batches[0]).compile())
@@ -113,11 +117,13 @@ def run(
     step = cut.compile(ours, say=lambda *_: None)
     ours_run = _Run(step, *trainer.fresh_state(ours, params), cut)
 
-    benchmarks.in_turn(1, plain_run, ours_run)  # warm-up
-    seconds = benchmarks.in_turn(rounds, plain_run, ours_run, caching)
-  losses = [[float(x) for x in one.losses] for one in (plain_run, ours_run)]
+    benchmarks.in_turn(1, plain_run, ours_run, *others.values())  # warm-up
+    *seconds, caching_seconds = benchmarks.in_turn(rounds, plain_run, ours_run, *others.values(), caching)
+  losses = [[float(x) for x in one.losses] for one in (plain_run, ours_run, *others.values())]
   _check(losses, config.compute_dtype)
-  figures = _figures(batch_size, *seconds, peaks) | {
+  (plain_seconds, ours_seconds, *other_seconds) = seconds
+  figures = _figures(batch_size, plain_seconds, ours_seconds, caching_seconds, peaks) | {
+    "others": _beside(others, ours_seconds, other_seconds),
     "losses": losses,
     "lengths": ours_run.lengths,
     "parameters": state.count(plain.params),
@@ -125,7 +131,7 @@ def run(
     "cache_bytes_a_picture": round(caching.report.bytes / caching.report.pictures),
   }
   _print(figures)
-  return benchmarks.report(out, figures)
+  return benchmarks.report(out, figures | (rivals.facts() if vs else {}))
 
 
 class _Run:
@@ -205,9 +211,10 @@ def _batches(config: ConfigDict, tokenizer: Tokenizer, mesh, count: int) -> list
 
 
 def _check(losses: list[list[float]], dtype: str) -> None:
-  plain, ours = np.asarray(losses)
-  if not (np.abs(ours - plain) <= _TOLERANCE[dtype] * np.abs(plain)).all():
-    raise CheckFailed(f"the two steps give other losses, so no time is told: plain {plain}, ours {ours}")
+  plain, *others = np.asarray(losses)
+  for other in others:
+    if not (np.abs(other - plain) <= _TOLERANCE[dtype] * np.abs(plain)).all():
+      raise CheckFailed(f"the steps give other losses, so no time is told: plain {plain}, another {other}")
 
 
 def _parts(cfg, max_length: int) -> dict[str, float]:
@@ -241,6 +248,15 @@ def _figures(batch_size: int, plain: list[float], ours: list[float], caching: li
   }
 
 
+def _beside(others: dict[str, Any], ours: list[float], seconds: list[list[float]]) -> dict[str, Any]:
+  """Seconds of the other implementations, and how many times as fast ours is."""
+  ratios = [[b / a for a, b in zip(ours, one, strict=True)] for one in seconds]
+  return {
+    name: {"seconds": benchmarks.spread(one), "ours_is_faster": benchmarks.spread(ratio)}
+    for name, one, ratio in zip(others, seconds, ratios, strict=True)
+  }
+
+
 def _print(figures: dict[str, Any]) -> None:
   parts, rate, peaks = figures["flops"], figures["images_per_s"], figures["peak_bytes"]
   unit = 9.4 / parts["encoder"]
@@ -248,11 +264,15 @@ def _print(figures: dict[str, Any]) -> None:
   print(
     f"{figures['parameters'] / 1e6:.0f} M parameters, encoder : backbone : DiT = {ratio}; lengths {figures['lengths']}"
   )
-  print(f"the same losses: {', '.join(f'{a:.5f} {b:.5f}' for a, b in zip(*figures['losses'], strict=True))}")
+  losses = (" ".join(f"{loss:.5f}" for loss in step) for step in zip(*figures["losses"], strict=True))
+  print(f"the same losses: {', '.join(losses)}")
   print(f"plain            {rate['plain']:8.3f} images/s  peak {peaks['plain'] / 2**30:6.2f} GiB")
   print(f"ours             {rate['ours']:8.3f} images/s  peak {peaks['ours'] / 2**30:6.2f} GiB")
   print(f"ours, two passes {rate['ours_two_passes']:8.3f} images/s, caching paid for")
   for name, words in (("speedup", "steady state"), ("speedup_two_passes", "two passes, caching paid for")):
     speed = figures[name]
     print(f"speed-up, {words}: {speed['median']:.2f} ({speed['min']:.2f} to {speed['max']:.2f})")
+  for name, other in figures["others"].items():
+    speed, seconds = other["ours_is_faster"], other["seconds"]["median"]
+    print(f"against {name}, {seconds:.2f} s a step: {speed['median']:.2f} ({speed['min']:.2f} to {speed['max']:.2f})")
   print(f"the cache takes {figures['cache_bytes_a_picture']:,} bytes a picture")

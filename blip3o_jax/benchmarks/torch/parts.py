@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, LuminaNextDiT2DModel, UNet2DConditionModel
 from diffusers.models.embeddings import PixArtAlphaTextProjection, get_2d_rotary_pos_embed_lumina
@@ -67,6 +66,12 @@ def open_backbone(cfg: Blip3oConfig, params: Params, dtype: str) -> Qwen2_5_VLFo
   return load(build(lambda: Qwen2_5_VLForConditionalGeneration(config), dtype), state, ("lm_head.",))
 
 
+def open_encoder(cfg: Blip3oConfig, params: Params, dtype: str) -> EvaClip:
+  """The CLIP encoder with our weights."""
+  state = {key: tensor(x) for key, x in named("clip", cfg, params)}
+  return load(build(lambda: EvaClip(cfg.clip), dtype), state)
+
+
 def open_unet(cfg: Blip3oConfig, params: Params, dtype: str) -> UNet2DConditionModel:
   """The decoder's UNet with our weights."""
   content = cfg.unet.to_reference(cfg.image_size // cfg.vae.downsampling)
@@ -78,6 +83,12 @@ def open_vae(cfg: Blip3oConfig, params: Params, dtype: str) -> AutoencoderKL:
   """The autoencoder with our weights."""
   state = {key: tensor(x) for key, x in named("vae", cfg, params)}
   return load(build(lambda: AutoencoderKL(**cfg.vae.to_reference()), dtype), state)
+
+
+def features_of(encoder: Any, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+  """uint8 [B, 3, S, S] -> pooled features [B, N, C] (spec 5.4)."""
+  mean, deviation = (torch.tensor(x, device=pixels.device).reshape(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
+  return encoder(((pixels / 255.0 - mean) / deviation).to(dtype))
 
 
 def hidden_states(text: torch.nn.Module, embeddings: torch.Tensor) -> torch.Tensor:
@@ -152,15 +163,9 @@ def backbone(given: dict[str, Any]) -> Work:
 def encoder(given: dict[str, Any]) -> Work:
   """Pooled features."""
   on, (pixels,) = given["setup"], given["inputs"]
-  state = {key: tensor(x) for key, x in named("clip", on.cfg, given["params"]["clip"])}
-  network = load(build(lambda: EvaClip(on.cfg.clip), on.dtype), state)
+  network = open_encoder(on.cfg, given["params"]["clip"], on.dtype)
   pixels = nchw(pixels)
-  mean, deviation = (tensor(np.float32(x)).reshape(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
-
-  def call(net):
-    return net(((pixels / 255.0 - mean) / deviation).to(network.pos_embed.dtype))
-
-  return _forward(network, call, array)
+  return _forward(network, lambda net: features_of(net, pixels, network.pos_embed.dtype), array)
 
 
 def unet_step(network: Any, latents: torch.Tensor, t: torch.Tensor, context: torch.Tensor, size: int) -> torch.Tensor:

@@ -68,6 +68,18 @@ def make(case: Case) -> dict[str, Rival]:
   return rivals
 
 
+def steps(config: Any, cfg: Any, params: Any, batches: list) -> dict[str, Any]:
+  """{name: the release's training step}, eager and compiled; each goes through all `batches`, one a call.
+
+  Raises:
+    UserError: as `make`.
+  """
+  torch = _torch()
+  step = importlib.import_module(f"{__package__}.step").Step
+  ways = {"torch": lambda network: network, "torch.compile": torch.compile}
+  return {name: step(config, cfg, params, iter(batches), wrap) for name, wrap in ways.items()}
+
+
 def difference(case: Case, rival: Rival) -> float:
   """max|ours - theirs| / max|theirs|, the worst of all arrays; calls the rival twice, to warm it up.
 
