@@ -64,18 +64,22 @@ def target_platform() -> str:
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, *, scale: float) -> jax.Array:
   """`attention` in XLA, with a dense mask."""
   b, length, heads, size = q.shape
-  groups = k.shape[2]
-  q = q.reshape(b, length, groups, heads // groups, size)
-  logits = jnp.einsum("blgrk,bsgk->bgrls", q, k, preferred_element_type=jnp.float32) * scale
+  slots, groups = k.shape[1:3]
+  ratio = heads // groups
+  # The query heads of a group stand one after another along the length, so that no product has to turn the logits over:
+  # on a CPU that takes as long as the products themselves.
+  q = q.reshape(b, length, groups, ratio, size).transpose(0, 3, 1, 2, 4).reshape(b, ratio * length, groups, size)
+  logits = jnp.einsum("bmgk,bsgk->bgms", q, k, preferred_element_type=jnp.float32) * scale
   if mask is not None:
-    mask = jnp.broadcast_to(mask, (mask.shape[0], mask.shape[1], length, k.shape[1]))
+    mask = jnp.broadcast_to(mask, (mask.shape[0], mask.shape[1], length, slots))
     if mask.shape[1] == 1:
       mask = mask[:, :, None]
     else:
-      mask = mask.reshape(mask.shape[0], groups, heads // groups, length, -1)
-    logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-  probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  return jnp.einsum("bgrls,bsgk->blgrk", probs, v).reshape(b, length, heads, v.shape[-1])
+      mask = mask.reshape(mask.shape[0], groups, ratio, length, slots)
+    logits = jnp.where(mask, logits.reshape(b, groups, ratio, length, slots), jnp.finfo(jnp.float32).min)
+  probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(b, groups, ratio * length, slots)
+  out = jnp.einsum("bgms,bsgk->bmgk", probs, v).reshape(b, ratio, length, groups, -1)
+  return out.transpose(0, 2, 3, 1, 4).reshape(b, length, heads, -1)
 
 
 def dense_mask(q, k, mask, causal: bool, segments: Segments | None) -> jax.Array | None:
