@@ -318,6 +318,8 @@ def _add_bench(under) -> None:
     part = sized(measure(name, commands.bench_parts, help), "2; of a preset 8", 5)
     if name not in ("checkpoint", "convert"):
       beside(part)
+  grown = measure("curves", commands.bench_curves)
+  grown.add_argument("--preset", choices=("4b", "8b"), default="", help="the real sizes (default: some for a CPU)")
 
 
 def _add_eval(under) -> None:

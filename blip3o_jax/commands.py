@@ -207,6 +207,13 @@ def bench_parts(args: argparse.Namespace) -> None:
   run.run(names, preset=args.preset, vs=getattr(args, "vs", ""), out=args.out, **_given(args, "batch_size", "rounds"))
 
 
+def bench_curves(args: argparse.Namespace) -> None:
+  """Time against batch, depth and length, as a plot with the slopes named."""
+  from blip3o_jax.benchmarks import curves
+
+  curves.run(preset=args.preset, out=args.out)
+
+
 def bench_data(args: argparse.Namespace) -> None:
   """The data pipeline against a plain loop over the same pictures."""
   from blip3o_jax.benchmarks import data
