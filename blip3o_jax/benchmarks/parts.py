@@ -52,8 +52,11 @@ class Setup:
 
 
 def setup(preset: str = "", batch: int = 0) -> Setup:
-  """The sizes of a preset, or those for a CPU, where a picture takes 6 + 6 steps rather than 30 + 50."""
-  cfg, dtype = presets.with_remat(sizes.architecture(preset), "none"), sizes.dtype_of(preset)
+  """The sizes of a preset, or those for a CPU, where a picture takes 6 + 6 steps rather than 30 + 50.
+
+  Backward passes compute the cheap again (`config.remat = "dots"`): on a CPU that is faster than to save everything.
+  """
+  cfg, dtype = presets.with_remat(sizes.architecture(preset), "dots"), sizes.dtype_of(preset)
   if preset:
     return Setup(cfg, dtype, batch or 8)
   return Setup(cfg, dtype, batch or 2, steps=(6, 6))
