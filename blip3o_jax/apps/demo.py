@@ -242,7 +242,7 @@ def _on(buttons: Buttons, events, work, inputs, parts) -> None:
 def _theme():
   import gradio
 
-  font = [gradio.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"]
+  font = [gradio.themes.utils.fonts.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"]
   return gradio.themes.Default(primary_hue="teal", neutral_hue="stone", radius_size="lg", font=font)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.text_decoder import text_positions
 
+_MOST_TOKENS = 32768  # of an answer: the context that Qwen2.5-VL was trained with
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -28,9 +30,10 @@ class Sampling:
   pad_token: int = 0
 
   def __post_init__(self):
-    if self.max_new_tokens < 1:
-      raise UserError(f"max_new_tokens is {self.max_new_tokens}; ask for at least one token")
-    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+    if not 1 <= self.max_new_tokens <= _MOST_TOKENS:  # memory is taken for all of them
+      raise UserError(f"max_new_tokens is {self.max_new_tokens}; take 1 to {_MOST_TOKENS}")
+    # Not a number is in no range.
+    if not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 0 < self.top_p <= 1:
       raise UserError(
         f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}: want at least 0, at least 0, and 0..1"
       )
