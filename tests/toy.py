@@ -20,6 +20,7 @@ import numpy as np
 
 from blip3o_jax.errors import Preempted, UserError
 from blip3o_jax.nn.linear import Dense
+from blip3o_jax.sharding import distributed
 from blip3o_jax.training import trainer
 from blip3o_jax.training.defaults import default_config
 
@@ -170,5 +171,6 @@ def statuses():
 if __name__ == "__main__":
   install()
   jax.config.update("jax_default_matmul_precision", "highest")
+  distributed.start()
   with statuses():
     trainer.train(config(**json.loads(sys.argv[2])), sys.argv[1])

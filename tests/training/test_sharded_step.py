@@ -26,7 +26,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_log_compiles", True)
 import toy
+from blip3o_jax.sharding import distributed
 from blip3o_jax.training import trainer
+distributed.start()
 toy.install()
 workdir = sys.argv[1]
 for name, sizes in [("one", (1, 1, 1, 1)), ("slices", (2, 2, 2, 1)), ("tensor", (1, 1, 4, 2))]:
