@@ -79,7 +79,7 @@ setup(
   license_files=["LICENSE"],
   python_requires=">=3.11",
   packages=find_packages(include=["blip3o_jax", "blip3o_jax.*"]),
-  package_data={"blip3o_jax": ["assets/**"]},
+  package_data={"blip3o_jax": ["assets/**", "benchmarks/record/*"]},
   install_requires=BASE,
   extras_require=EXTRAS,
   cmdclass={"build_py": BuildWithConfigs},
