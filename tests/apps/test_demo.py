@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -35,7 +36,9 @@ FLAGS = (
 
 
 def test_what_is_missing_is_one_line(monkeypatch, tmp_path):
-  monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))  # `run` sets it for the process; the next test has another
+  # `run` sets it for the process, and gradio, once imported, goes on to use it.
+  monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
   with socket.create_server(("127.0.0.1", 0)) as taken:
     port = taken.getsockname()[1]
     with pytest.raises(UserError, match=f"cannot listen on 127.0.0.1, port {port} .*; give another --host or --port"):
