@@ -1,9 +1,10 @@
-"""A job of 5,000 prompts in miniature: killed at random moments, gone on with on other numbers of devices."""
+"""A job of 5,000 prompts in miniature: killed at random moments, gone on with on other numbers of devices and hosts."""
 
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,12 +20,12 @@ PICTURES = 5000
 SETTINGS = {"steps": 1, "decoder_steps": 1, "decoder_guidance": 1.0}
 
 
-def start(directory, work, devices):
+def start(directory, work, devices, **more):
   words = [sys.executable, "-m", "blip3o_jax", "generate", "--model", directory, "--prompts", work / "p.jsonl"]
   words += ["--out", work / "out", "--num", 1, "--batch-size", 64, "--compile-cache", work / "programs"]
   words += [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={value}")]
   env = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-  env |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+  env |= {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | more
   with open(work / "err", "ab") as err:
     return subprocess.Popen([str(word) for word in words], env=env, stdout=subprocess.PIPE, stderr=err, text=True)
 
@@ -53,8 +54,11 @@ def test_every_picture_exactly_once(tiny_directory, tmp_path):
     seen, counts = now, [*counts, len(now)]
     assert not (tmp_path / "out" / "manifest.jsonl").exists()
   print(f"pictures after each kill: {counts}")
-  process = start(tiny_directory, tmp_path, 4)
-  assert process.wait(timeout=500) == 0, (tmp_path / "err").read_text()[-3000:]
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    pod = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+  processes = [start(tiny_directory, tmp_path, 2, JAX_PROCESS_ID=str(i), **pod) for i in range(2)]
+  assert [p.wait(timeout=500) for p in processes] == [0, 0], (tmp_path / "err").read_text()[-3000:]
 
   last = pictures(tmp_path)
   assert len(last) == PICTURES and all(last[path] == when for path, when in seen.items())

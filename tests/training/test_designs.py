@@ -67,7 +67,7 @@ def settings(world, start, written, objective, args, components, trainable):
   data = {"flow_decoding": pictures, "understanding": questions, "joint": groups}
   config.data = data.get(objective, captions) | {"cache": True}
   config.optimizer.learning_rate, config.schedule.name = 1e-2, "constant"
-  if objective in ("generation", "regression"):
+  if objective in ("generation", "regression", "joint"):
     config.sample_every, config.sample_prompts = STEPS, ("a circle", "a square")
   config.sampling = {"steps": 2, "decoder_steps": 2, "decoder_null": "image"}
   return config
