@@ -102,4 +102,4 @@ def square(image: Image.Image, size: int, mode: str = "crop") -> np.ndarray:
   if (width, height) != image.size:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
   left, top = round((width - size) / 2), round((height - size) / 2)
-  return np.asarray(image)[top : top + size, left : left + size]
+  return np.asarray(image.crop((left, top, left + size, top + size)))

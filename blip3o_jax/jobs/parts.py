@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from blip3o_jax.data.outputs import differences, write_atomically
+from blip3o_jax.data.outputs import differences, remove_stale, write_atomically
 from blip3o_jax.errors import UserError
 
 
@@ -46,7 +46,9 @@ class Parts:
   def unfinished(self) -> list[range]:
     """The inputs of each part of this process that is not finished."""
     mine = range(jax.process_index(), self.count, jax.process_count())
-    return [range(p * self.size, min((p + 1) * self.size, self.inputs)) for p in mine if not self._file(p).exists()]
+    left = [part for part in mine if not self._file(part).exists()]
+    remove_stale(map(self._file, left))
+    return [range(part * self.size, min((part + 1) * self.size, self.inputs)) for part in left]
 
   def finish(self, inputs: range, records: Sequence[Mapping[str, Any]]) -> None:
     """Say that a part is done, after everything that its records name has been written."""

@@ -21,6 +21,18 @@ def test_crop_keeps_proportions_and_takes_the_middle():
   assert 60 <= out[25, 0, 0] <= 68 and 187 <= out[25, -1, 0] <= 195
 
 
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (1021, 333), (97, 411), (449, 448), (30, 20), (500, 500)])
+@pytest.mark.parametrize("side", [16, 448])
+def test_what_is_cropped_away_bears_on_nothing(size, side):
+  noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
+  width, height = (int(side * length / min(size)) for length in size)
+  left, top = round((width - side) / 2), round((height - side) / 2)
+  want = noise.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+  np.testing.assert_array_equal(transforms.square(noise, side), np.asarray(want))
+  want = noise.resize((side, side), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(transforms.square(noise, side, "squash"), np.asarray(want))
+
+
 def test_squash_keeps_everything():
   out = transforms.square(gradient(400, 200), 50, "squash")
   assert out.shape == (50, 50, 3) and out[25, 0, 0] < 5 and out[25, -1, 0] > 250

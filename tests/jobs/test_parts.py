@@ -41,6 +41,15 @@ def test_a_finished_part_is_not_taken_again(tmp_path):
   assert rows == list(range(512))
 
 
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+  parts = Parts(tmp_path, 512, FACTS)
+  half = tmp_path / "parts" / ".000001.jsonl.0a1b2c3d.tmp"
+  half.parent.mkdir()
+  half.write_text("{")
+  parts.unfinished()
+  assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_another_job_is_refused(tmp_path):
   Parts(tmp_path, 5, FACTS)
   Parts(tmp_path, 5, FACTS)

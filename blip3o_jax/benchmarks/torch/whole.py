@@ -59,7 +59,7 @@ def generate(given: dict[str, Any]) -> Work:
 
     return run
 
-  ours = lambda pictures: {"pixels": np.stack(pictures[0]).astype(np.float32)}
+  ours = lambda pictures: {"pixels": np.stack(pictures[0])}
   return Work(bind, lambda pixels: {"pixels": array(pixels)}, ours)
 
 
