@@ -1,7 +1,8 @@
-"""`blip3o bench curves`: how time grows with the batch, the depth and the length, as one plot with the slopes named.
+"""`blip3o bench curves`: how time grows with the batch, the depth and the length, and shrinks with devices, as one plot
+with the slopes named.
 
-Both axes are logarithms, in multiples of the smallest: slope 1 is time in proportion; below 1 there is something to
-gain from more at once; above 1 something is quadratic.
+Both axes are logarithms, in multiples of the first point: slope 1 is time in proportion; below 1 there is something to
+gain from more at once; above 1 something is quadratic. Of devices, which share one batch, -1 is all that can be had.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from blip3o_jax import benchmarks
@@ -18,7 +20,7 @@ from blip3o_jax.benchmarks import Case, parts
 from blip3o_jax.data.outputs import write_atomically
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 560, 360, 52, 16, 16, 44
-_COLOURS = ("#1f6feb", "#d1571b", "#2a8a3e")
+_COLOURS = ("#1f6feb", "#d1571b", "#2a8a3e", "#8250df")
 
 
 def run(*, preset: str = "", rounds: int = 3, points: int = 4, out: Path | None = None) -> dict[str, Any]:
@@ -49,7 +51,9 @@ def _curves(on: parts.Setup, points: int) -> dict[str, Iterator[tuple[int, Case]
   doubled = [2**i for i in range(points)]
   gradient = lambda setup: list(parts.dit(setup))[1]
   layers = lambda n: dataclasses.replace(on.cfg, dit=dataclasses.replace(on.cfg.dit, layers=n))
-  return {
+  shared = [n for n in doubled if n <= jax.device_count()]
+  together = dataclasses.replace(on, batch=on.batch * shared[-1])
+  curves = {
     "DiT forward and backward, latents": ((4 * n, gradient(dataclasses.replace(on, batch=n))) for n in doubled),
     "DiT forward and backward, layers": (
       (2 * n, gradient(dataclasses.replace(on, cfg=layers(2 * n)))) for n in doubled
@@ -57,7 +61,11 @@ def _curves(on: parts.Setup, points: int) -> dict[str, Iterator[tuple[int, Case]
     "backbone, tokens of a prompt": (
       (64 * n, next(parts.backbone(dataclasses.replace(on, length=64 * n)))) for n in doubled
     ),
+    "DiT forward and backward, devices": ((n, gradient(dataclasses.replace(together, devices=n))) for n in shared),
   }
+  if len(shared) == 1:
+    del curves["DiT forward and backward, devices"]
+  return curves
 
 
 def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
@@ -76,8 +84,9 @@ def plot(curves: dict[str, Any]) -> str:
   }
   doublings = lambda axis: math.ceil(max([1.0, *(math.log2(p[axis]) for line in relative.values() for p in line)]))
   across, up = doublings(0), doublings(1)
+  down = math.floor(min(0.0, *(math.log2(time) for line in relative.values() for _, time in line)))
   x = lambda value: LEFT + math.log2(value) / across * (WIDTH - LEFT - RIGHT)
-  y = lambda value: HEIGHT - BOTTOM - math.log2(value) / up * (HEIGHT - TOP - BOTTOM)
+  y = lambda value: HEIGHT - BOTTOM - (math.log2(value) - down) / (up - down) * (HEIGHT - TOP - BOTTOM)
 
   def text(at: float, down: float, words: object, anchor: str = "middle") -> str:
     return f'<text x="{at:.1f}" y="{down:.1f}" text-anchor="{anchor}">{words}</text>'
@@ -86,12 +95,12 @@ def plot(curves: dict[str, Any]) -> str:
     f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
     f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
   ]
-  for i in range(up + 1):
-    drawn.append(f'<path d="M{LEFT} {y(2**i):.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
-    drawn.append(text(LEFT - 6, y(2**i) + 4, 2**i, "end"))
+  for i in range(down, up + 1):
+    drawn.append(f'<path d="M{LEFT} {y(2.0**i):.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
+    drawn.append(text(LEFT - 6, y(2.0**i) + 4, 2**i if i >= 0 else f"1/{2**-i}", "end"))
   drawn += [text(x(2**i), HEIGHT - BOTTOM + 16, f"x {2**i}") for i in range(across + 1)]
-  drawn.append(text(WIDTH / 2, HEIGHT - 8, "size, in multiples of the smallest"))
-  drawn.append(text(LEFT, TOP - 4, "time, in multiples of the shortest", "start"))
+  drawn.append(text(WIDTH / 2, HEIGHT - 8, "size, in multiples of the first"))
+  drawn.append(text(LEFT, TOP - 4, "time, in multiples of the first", "start"))
   for i, (name, line) in enumerate(relative.items()):
     colour, path = _COLOURS[i % len(_COLOURS)], "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in line)
     label = f"{html.escape(name)}: slope {curves[name]['slope']:.2f}"

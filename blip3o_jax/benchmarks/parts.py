@@ -20,6 +20,8 @@ from blip3o_jax.inference.model import Model
 from blip3o_jax.models import flops, presets
 from blip3o_jax.models.blip3o import BACKBONES, Blip3o, Blip3oConfig
 from blip3o_jax.porting.locate import open_model
+from blip3o_jax.sharding import rules
+from blip3o_jax.sharding.mesh import make_mesh
 from blip3o_jax.types import Params
 
 PROMPT = "a red cube on a blue sphere, in front of a wall of grey stone, on an early morning in autumn"
@@ -32,6 +34,7 @@ class Setup:
   Attributes:
     batch: examples at once. length: tokens of a prompt. new: tokens of an answer.
     pictures: batches of whole pictures. steps: of the DiT and of the UNet for one.
+    devices: the batch of the DiT is cut over so many.
   """
 
   cfg: Blip3oConfig
@@ -41,6 +44,7 @@ class Setup:
   new: int = 64
   pictures: tuple[int, ...] = (1, 8)
   steps: tuple[int, int] = (30, 50)
+  devices: int = 1
 
   def model(self) -> Blip3o:
     """The module, which computes in `dtype`."""
@@ -49,6 +53,11 @@ class Setup:
   def weights(self, *components: str) -> Params:
     """Random parameters in `dtype`."""
     return sizes.weights(self.cfg, components, self.dtype)
+
+  def spread(self, params: Params, *rows: jax.Array) -> tuple:
+    """Copies of the parameters on the devices, and rows cut over them."""
+    mesh = make_mesh({"slice": 1, "data": self.devices}, devices=jax.devices()[: self.devices])
+    return jax.device_put(params, rules.replicated(mesh)), *jax.device_put(rows, rules.batch_sharding(mesh))
 
 
 def setup(preset: str = "", batch: int = 0) -> Setup:
@@ -69,10 +78,10 @@ def _normal(seed: int, *shape: int, dtype: str = "float32") -> jax.Array:
 def dit(on: Setup) -> Iterator[Case]:
   """One velocity of the DiT, and with the gradients of all its parameters and of its condition."""
   cfg, model, batch = on.cfg, on.model(), 4 * on.batch
-  params = on.weights("dit")
   x = _normal(1, batch, *cfg.dit.grid, cfg.dit.in_channels, dtype=on.dtype)
   t = jnp.linspace(1000.0, 1.0, batch)
   condition = _normal(2, batch, cfg.queries, cfg.backbone.dim, dtype=on.dtype)
+  params, x, t, condition = on.spread(on.weights("dit"), x, t, condition)
   given = {"setup": on, "params": params, "inputs": (x, t, condition)}
   velocity = lambda params, x, t, condition: model.apply({"params": params}, x, t, condition, method="velocity")
   forward = batch * flops.next_dit(cfg.dit, cfg.queries)
