@@ -5,8 +5,8 @@ With lmms-eval installed beside this package, which tells it of the model by an 
   python -m lmms_eval --model blip3o_jax --model_args pretrained=DIR --tasks mme,mmmu_val --batch_size 16
 
 `blip3o eval understanding` runs just this; so it was with lmms-eval 0.7.3 and its task mme, its data replaced by 48
-questions about the shapes world, on 2026-11-22. Limits of pictures, greedy decoding and at most 128 tokens are those of the
-release's wrapper (spec 4.5). Nothing of lmms-eval is imported before it asks for the class.
+questions about the shapes world, on 2026-11-22. Limits of pictures, greedy decoding and at most 128 tokens are those
+of the release's wrapper (spec 4.5). Nothing of lmms-eval is imported before it asks for the class.
 """
 
 import dataclasses
