@@ -154,7 +154,7 @@ def encoder(on: Setup) -> Iterator[Case]:
 
 def decoder(on: Setup) -> Iterator[Case]:
   """One step of the UNet as the sampler takes it, its conditions projected before, and the VAE's decoding."""
-  cfg, model = on.cfg, drawing.for_loops(on.model())
+  cfg, model = on.cfg, on.model()
   side, tokens = cfg.image_size // cfg.vae.downsampling, math.prod(cfg.dit.grid)
   params = on.weights("unet")
   latents = _normal(5, on.batch, side, side, cfg.unet.in_channels, dtype=on.dtype)

@@ -21,8 +21,6 @@ from blip3o_jax.diffusion.solvers import SOLVERS, sample_flow
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference.tiling import decode_tiled
 from blip3o_jax.models.blip3o import Blip3o, to_uint8
-from blip3o_jax.models.unet import UNetConfig
-from blip3o_jax.nn.attention import target_platform
 
 DECODER_NULLS = ("generated", "image", "zeros")
 DECODER_SOLVERS = (*SOLVERS, "dpm++")
@@ -183,14 +181,6 @@ def draw_features(
   return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-def for_loops(model: Blip3o) -> Blip3o:
-  """The model for a sampler's loop, where on a CPU a product is far faster than a convolution (nn.linear.Conv)."""
-  cfg = model.cfg
-  if target_platform() == "cpu" and isinstance(cfg.unet, UNetConfig):
-    return model.clone(cfg=dataclasses.replace(cfg, unet=dataclasses.replace(cfg.unet, conv_method="matmul")))
-  return model
-
-
 @functools.partial(jax.jit, static_argnames=("model", "steps", "guidance", "solver", "interval", "tile"))
 def draw_pixels(
   model: Blip3o,
@@ -217,7 +207,6 @@ def draw_pixels(
   """
   cfg = model.cfg
   flow = isinstance(cfg.decoder_process, DPMSolverConfig)
-  model = for_loops(model)
   call = lambda *args, method: model.apply({"params": params}, *args, method=method)
   both = jnp.concatenate([null, features] if flow else [features, null])  # each sampler has its own order
   contexts = {len(c): c.astype(model.dtype) for c in (features, both)}

@@ -36,7 +36,6 @@ class AutoencoderKLConfig:
   quant_conv: bool = True
   post_quant_conv: bool = True
   patch_size: int = 1
-  conv_method: str = "conv"
 
   @property
   def downsampling(self) -> int:
@@ -94,14 +93,14 @@ class _Part(nn.Module):
     return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
   def conv(self, features: int, name: str, **kwargs) -> Conv:
-    return Conv(features, method=self.cfg.conv_method, **self.types, name=name, **kwargs)
+    return Conv(features, **self.types, name=name, **kwargs)
 
   def norm(self, name: str) -> GroupNorm:
     return GroupNorm(self.cfg.norm_groups, self.cfg.norm_eps, **self.types, name=name)
 
   def resnet(self, features: int, name: str) -> ResnetBlock:
     cfg = self.cfg
-    return ResnetBlock(features, cfg.norm_groups, cfg.norm_eps, cfg.conv_method, **self.types, name=name)
+    return ResnetBlock(features, cfg.norm_groups, cfg.norm_eps, **self.types, name=name)
 
   def middle(self, x: jax.Array) -> jax.Array:
     """resnet, one-head self-attention over all places, resnet: [B, h, w, C] -> [B, h, w, C]."""
@@ -127,7 +126,7 @@ class Encoder(_Part):
       for j in range(cfg.layers_per_block):
         x = self.resnet(features, f"down_{i}_resnet_{j}")(x)
       if i < len(cfg.block_out_channels) - 1:
-        x = Downsample(((0, 1), (0, 1)), cfg.conv_method, **self.types, name=f"down_{i}_downsample")(x)
+        x = Downsample(((0, 1), (0, 1)), **self.types, name=f"down_{i}_downsample")(x)
       x = nn.with_logical_constraint(x, IMAGE)
     x = self.middle(x)
     return self.conv(2 * cfg.latent_channels, "conv_out")(nn.silu(self.norm("norm_out")(x)))
@@ -145,7 +144,7 @@ class Decoder(_Part):
       for j in range(cfg.layers_per_block + 1):
         x = self.resnet(features, f"up_{i}_resnet_{j}")(x)
       if i < len(widths) - 1:
-        x = Upsample(cfg.conv_method, **self.types, name=f"up_{i}_upsample")(x)
+        x = Upsample(**self.types, name=f"up_{i}_upsample")(x)
       x = nn.with_logical_constraint(x, IMAGE)
     x = self.conv(cfg.in_channels * cfg.patch_size**2, "conv_out")(nn.silu(self.norm("norm_out")(x)))
     return depth_to_space(x, cfg.patch_size)
@@ -163,9 +162,9 @@ class AutoencoderKL(nn.Module):
     self.encoder = Encoder(cfg, **types)
     self.decoder = Decoder(cfg, **types)
     if cfg.quant_conv:
-      self.quant_conv = Conv(2 * cfg.latent_channels, 1, padding=0, method=cfg.conv_method, **types)
+      self.quant_conv = Conv(2 * cfg.latent_channels, 1, padding=0, **types)
     if cfg.post_quant_conv:
-      self.post_quant_conv = Conv(cfg.latent_channels, 1, padding=0, method=cfg.conv_method, **types)
+      self.post_quant_conv = Conv(cfg.latent_channels, 1, padding=0, **types)
 
   def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """images [B, H, W, 3] in -1..1 -> (mean, logvar), each [B, h, w, c] float32; logvar is clipped to -30..20."""

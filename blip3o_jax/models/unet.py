@@ -34,8 +34,6 @@ class UNetConfig:
   `tie_query_key_init` starts the cross-attention key weights as a copy of the query weights wherever the level's width
   is the context's. With both, attention is local from the first step on; with neither it takes very long to find where
   a token lies.
-
-  `conv_method="matmul"` is for the CPU back end, inside `lax.scan` (nn/linear.py).
   """
 
   in_channels: int = 4
@@ -51,7 +49,6 @@ class UNetConfig:
   norm_eps: float = 1e-5
   position_code: bool = False
   tie_query_key_init: bool = False
-  conv_method: str = "conv"
   remat: str = "none"
 
   def __post_init__(self):
@@ -265,10 +262,10 @@ class UNet(nn.Module):
     resnet_block = rematted(ResnetBlock, cfg.remat)
 
     def conv(features, name):
-      return Conv(features, method=cfg.conv_method, **types, name=name)
+      return Conv(features, **types, name=name)
 
     def resnet(x, features, name):
-      block = resnet_block(features, cfg.norm_groups, cfg.norm_eps, cfg.conv_method, **types, name=name)
+      block = resnet_block(features, cfg.norm_groups, cfg.norm_eps, **types, name=name)
       return nn.with_logical_constraint(block(x, time), IMAGE)
 
     def transformer(x, depth, heads, name):
@@ -285,7 +282,7 @@ class UNet(nn.Module):
         x = transformer(x, cfg.depths[i], cfg.heads[i], f"down_{i}_attention_{j}")
         skips.append(x)
       if i < levels - 1:
-        x = Downsample(1, cfg.conv_method, **types, name=f"down_{i}_downsample")(x)
+        x = Downsample(1, **types, name=f"down_{i}_downsample")(x)
         skips.append(x)
 
     x = resnet(x, cfg.block_out_channels[-1], "mid_resnet_0")
@@ -297,7 +294,7 @@ class UNet(nn.Module):
         x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), features, f"up_{i}_resnet_{j}")
         x = transformer(x, cfg.depths[::-1][i], cfg.heads[::-1][i], f"up_{i}_attention_{j}")
       if i < levels - 1:
-        x = Upsample(cfg.conv_method, **types, name=f"up_{i}_upsample")(x)
+        x = Upsample(**types, name=f"up_{i}_upsample")(x)
 
     x = nn.silu(GroupNorm(cfg.norm_groups, cfg.norm_eps, **types, name="norm_out")(x))
     return conv(cfg.out_channels, "conv_out")(x)

@@ -52,8 +52,6 @@ class Dense(nn.Module):
 class Conv(nn.Module):
   """2-D convolution, NHWC: [B, H, W, in] -> [B, H', W', features]; kernel [kh, kw, in, out].
 
-  `method="matmul"` writes the same sum as shifted slices and one matrix product. On the CPU back end a convolution
-  inside `lax.scan` runs some 20 times slower than outside; the samplers choose the product there.
   `padding` is the number of zeros on every side, or a pair per axis.
   """
 
@@ -63,7 +61,6 @@ class Conv(nn.Module):
   padding: int | Sequence[tuple[int, int]] = 1
   use_bias: bool = True
   axes: tuple[str | None, str | None] = ("conv_in", "conv_out")
-  method: str = "conv"  # "conv" | "matmul"
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
   kernel_init: Any = default_init
@@ -79,13 +76,7 @@ class Conv(nn.Module):
       self.param_dtype,
     ).astype(self.dtype)
     x = x.astype(self.dtype)
-    if self.method == "matmul":
-      x = jnp.pad(x, ((0, 0), *pad, (0, 0)))
-      h, w = (x.shape[1] - k) // s + 1, (x.shape[2] - k) // s + 1
-      cols = [x[:, i : i + s * (h - 1) + 1 : s, j : j + s * (w - 1) + 1 : s] for i in range(k) for j in range(k)]
-      y = jnp.concatenate(cols, axis=-1) @ kernel.reshape(-1, self.features)
-    else:
-      y = jax.lax.conv_general_dilated(x, kernel, (s, s), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = jax.lax.conv_general_dilated(x, kernel, (s, s), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     if self.use_bias:
       bias = self.param(
         "bias",

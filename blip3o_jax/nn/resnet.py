@@ -20,7 +20,6 @@ class ResnetBlock(nn.Module):
   features: int
   groups: int = 32
   eps: float = 1e-6
-  method: str = "conv"
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
@@ -28,12 +27,12 @@ class ResnetBlock(nn.Module):
   def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     norm = lambda name: GroupNorm(self.groups, self.eps, **types, name=name)
-    h = Conv(self.features, method=self.method, **types, name="conv1")(nn.silu(norm("norm1")(x)))
+    h = Conv(self.features, **types, name="conv1")(nn.silu(norm("norm1")(x)))
     if time is not None:
       h = h + Dense(self.features, ("time", "conv_out"), **types, name="time_emb_proj")(nn.silu(time))[:, None, None]
-    h = Conv(self.features, method=self.method, **types, name="conv2")(nn.silu(norm("norm2")(h)))
+    h = Conv(self.features, **types, name="conv2")(nn.silu(norm("norm2")(h)))
     if x.shape[-1] != self.features:
-      x = Conv(self.features, 1, padding=0, method=self.method, **types, name="conv_shortcut")(x)
+      x = Conv(self.features, 1, padding=0, **types, name="conv_shortcut")(x)
     return x + h
 
 
@@ -44,20 +43,18 @@ class Downsample(nn.Module):
   """
 
   padding: Any = 1
-  method: str = "conv"
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    return Conv(x.shape[-1], stride=2, padding=self.padding, method=self.method, **types, name="conv")(x)
+    return Conv(x.shape[-1], stride=2, padding=self.padding, **types, name="conv")(x)
 
 
 class Upsample(nn.Module):
   """Nearest neighbour by 2, then a 3x3 convolution: [B, H, W, C] -> [B, 2H, 2W, C]."""
 
-  method: str = "conv"
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
@@ -65,4 +62,4 @@ class Upsample(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     b, h, w, c = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-    return Conv(c, method=self.method, dtype=self.dtype, param_dtype=self.param_dtype, name="conv")(x)
+    return Conv(c, dtype=self.dtype, param_dtype=self.param_dtype, name="conv")(x)

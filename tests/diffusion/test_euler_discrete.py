@@ -1,7 +1,5 @@
 """The decoder's noise schedule and sampler against the recorded loop, and both predictions against known answers."""
 
-import dataclasses
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -53,10 +51,9 @@ def test_tables_of_the_release():
 
 
 def test_recorded_loop():
-  method = "matmul"  # as the samplers do on the CPU back end; test_unet.py holds the two methods equal
   g = load_golden("sdxl_decoder")
   io, config = g.io, g.config
-  unet = UNet(dataclasses.replace(UNetConfig.from_reference(config["unet"]), conv_method=method))
+  unet = UNet(UNetConfig.from_reference(config["unet"]))
   context, sizes = np.concatenate([io["cond"], io["null_cond"]]), io["time_ids"].reshape(2, 6)
   pooled = context.mean(axis=1)
   params = weights_of(g, "unet.", unet, unet_rules.RULES, nhwc(io["unet_sample_in"]), 1.0, context, pooled, sizes)
@@ -75,7 +72,7 @@ def test_recorded_loop():
   assert relative_error(ours.states[config["steps"] // 2 - 1], nhwc(io["latents_after_half"])) < 1e-3
   assert relative_error(ours.latents, nhwc(io["latents_final"])) < 1e-3
 
-  vae = AutoencoderKL(dataclasses.replace(AutoencoderKLConfig.from_reference(config["vae"]), conv_method=method))
+  vae = AutoencoderKL(AutoencoderKLConfig.from_reference(config["vae"]))
   params = weights_of(g, "vae.", vae, vae_rules.RULES, np.zeros((1, 64, 64, 3), np.float32))
   image = jax.jit(lambda p, z: vae.apply(p, z / vae.cfg.scaling_factor, method="decode"))(params, ours.latents)
   image = np.clip(image / 2 + 0.5, 0, 1)

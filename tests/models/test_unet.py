@@ -68,10 +68,9 @@ def recorded():
   return cfg, weights, params, args, nhwc(io["unet_out"])
 
 
-@pytest.mark.parametrize("method", ["conv", "matmul"])
-def test_recorded_forward(recorded, method):
+def test_recorded_forward(recorded):
   cfg, _, params, args, expected = recorded
-  assert relative_error(predict(dataclasses.replace(cfg, conv_method=method), params, *args), expected) < 1e-4
+  assert relative_error(predict(cfg, params, *args), expected) < 1e-4
 
 
 def test_weights_return_unchanged(recorded):
