@@ -27,7 +27,7 @@ from blip3o_jax.data import shapes, shapes_questions, tars, templates
 from blip3o_jax.data.tokenizer import QWEN, train_tokenizer
 from blip3o_jax.errors import UserError
 
-VERSION = 5  # of what is drawn: another version is another corpus
+VERSION = 6  # of what is drawn: another version is another corpus
 MANIFEST = "manifest.json"
 VOCABULARY = 640  # entries of the tokenizer, as in the preset "micro"
 

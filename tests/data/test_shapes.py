@@ -83,6 +83,9 @@ def test_training_scenes_hold_nothing_out_and_say_nothing_held_out(family):
   rng = random.Random(f"say {family}")
   for scene in scenes(family, 30):
     assert not shapes.is_held_out(judge(render(scene)))
+    pairs = [(a, relation, b) for a in scene.things for relation in shapes.RELATIONS for b in scene.things]
+    shown = {(a.shape, b.shape, relation) for a, relation, b in pairs if a is not b and holds(a, relation, b)}
+    assert not any({(a, b, r), (b, a, r)} & shown for a, r, b in shapes.HELD_OUT_RELATIONS)  # in neither order
     texts = [dense_caption(scene), dense_caption(scene, places=True)]
     texts += [caption_of(scene, family, rng).text] if family else []
     assert not [word for text in texts for word in held_out_words(text)]
