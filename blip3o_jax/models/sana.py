@@ -204,7 +204,7 @@ class Sana(nn.Module):
     if cfg.source_dim:
       self.connector = Connector(cfg, **kinds)
     # As a matrix product: it runs inside the sampler's scan, where the CPU back end is slow at convolutions.
-    self.patch_embed = Conv(dim, p, p, 0, axes=("conv_in", "embed"), method="matmul", **kinds)
+    self.patch_embed = Conv(dim, p, p, 0, axes=("conv_in", "embed"), **kinds)
     self.caption_fc1 = Dense(dim, ("embed", "mlp"), **kinds)
     self.caption_fc2 = Dense(dim, ("mlp", "embed"), **kinds)
     self.caption_norm = RMSNorm(1e-5, **kinds)
