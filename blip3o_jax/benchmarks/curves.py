@@ -61,10 +61,10 @@ def _curves(on: parts.Setup, points: int) -> dict[str, Iterator[tuple[int, Case]
     "backbone, tokens of a prompt": (
       (64 * n, next(parts.backbone(dataclasses.replace(on, length=64 * n)))) for n in doubled
     ),
-    "DiT forward and backward, devices": ((n, gradient(dataclasses.replace(together, devices=n))) for n in shared),
   }
-  if len(shared) == 1:
-    del curves["DiT forward and backward, devices"]
+  if len(shared) > 1:
+    name = "DiT forward and backward, devices"
+    curves[name] = ((n, gradient(dataclasses.replace(together, devices=n))) for n in shared)
   return curves
 
 

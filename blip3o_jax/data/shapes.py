@@ -41,7 +41,7 @@ _TRIPLES = (
 )
 HELD_OUT_RELATIONS = frozenset(_TRIPLES) | {(b, INVERSE[relation], a) for a, relation, b in _TRIPLES}
 # Of such two shapes training shows neither order on that axis: a model that saw one of them draws it for the other.
-_UNSEEN_RELATIONS = HELD_OUT_RELATIONS | {(b, relation, a) for a, relation, b in HELD_OUT_RELATIONS}
+UNSEEN_RELATIONS = HELD_OUT_RELATIONS | {(b, relation, a) for a, relation, b in HELD_OUT_RELATIONS}
 # All shapes of a picture (sorted) on a ground.
 HELD_OUT_GROUNDS = frozenset(
   {
@@ -124,18 +124,14 @@ def relation_of(a, b) -> str | None:
   return next(relation for relation in RELATIONS if holds(a, relation, b))
 
 
-def is_held_out(scene: Scene) -> bool:
-  """Whether the picture shows any held-out combination, whatever is said about it."""
+def is_held_out(scene: Scene, relations: frozenset = HELD_OUT_RELATIONS) -> bool:
+  """Whether the picture shows any held-out combination, whatever is said about it; of relations any of `relations`."""
   things = scene.things
   if any((t.colour, t.shape) in HELD_OUT_PAIRS for t in things):
     return True
   shapes = tuple(sorted(t.shape for t in things))
   if (shapes, scene.ground) in HELD_OUT_GROUNDS or any((s, shapes.count(s)) in HELD_OUT_COUNTS for s in set(shapes)):
     return True
-  return _shows(things, HELD_OUT_RELATIONS)
-
-
-def _shows(things, relations: frozenset) -> bool:
   return any(
     (a.shape, relation, b.shape) in relations and holds(a, relation, b)
     for a in things
@@ -170,7 +166,7 @@ def sample_scene(rng: random.Random, family: str | None = None, held_out: bool =
     if things is None or (family == "position" and relation_of(*things) is None):
       continue
     scene = Scene(rng.choice(tuple(GROUNDS)), things)
-    if is_held_out(scene) == held_out and (held_out or not _shows(things, _UNSEEN_RELATIONS)):
+    if is_held_out(scene, HELD_OUT_RELATIONS if held_out else UNSEEN_RELATIONS) == held_out:
       return scene
 
 

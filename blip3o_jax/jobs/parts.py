@@ -44,7 +44,7 @@ class Parts:
     write_atomically(stored, (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
 
   def unfinished(self) -> list[range]:
-    """The inputs of each part of this process that is not finished."""
+    """The inputs of each part of this process that is not finished; half-written records of such a part are removed."""
     mine = range(jax.process_index(), self.count, jax.process_count())
     left = [part for part in mine if not self._file(part).exists()]
     remove_stale(map(self._file, left))

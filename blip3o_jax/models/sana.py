@@ -203,7 +203,6 @@ class Sana(nn.Module):
     dim, p = cfg.dim, cfg.patch_size
     if cfg.source_dim:
       self.connector = Connector(cfg, **kinds)
-    # As a matrix product: it runs inside the sampler's scan, where the CPU back end is slow at convolutions.
     self.patch_embed = Conv(dim, p, p, 0, axes=("conv_in", "embed"), **kinds)
     self.caption_fc1 = Dense(dim, ("embed", "mlp"), **kinds)
     self.caption_fc2 = Dense(dim, ("mlp", "embed"), **kinds)

@@ -102,8 +102,8 @@ def difference(case: Case, rival: Rival) -> float:
 
 def _apart(ours: Any, theirs: Any) -> float:
   """max|ours - theirs|, infinite where they cannot be compared. Levels of pixels: less one, which rounding may cost."""
-  rounding = 1.0 if np.asarray(ours).dtype == np.uint8 else 0.0
-  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+  ours, theirs = np.asarray(ours), np.asarray(theirs, np.float64)
+  rounding = 1.0 if ours.dtype == np.uint8 else 0.0
   if ours.shape != theirs.shape or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
     return float("inf")
   return max(float(np.abs(ours - theirs).max()) - rounding, 0.0)
