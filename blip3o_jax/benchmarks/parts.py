@@ -197,9 +197,9 @@ def generate(on: Setup) -> Iterator[Case]:
   features = flops.text_decoder(text, length) + flops.text_decoder(text, cfg.queries, cached=length)
   features += 2 * steps * flops.next_dit(cfg.dit, cfg.queries)
   pixels = 2 * decoder_steps * flops.unet(cfg.unet, side, math.prod(cfg.dit.grid))
-  one = 2 * features + pixels + flops.vae_decode(cfg.vae, cfg.image_size)  # features of the null prompt as well
+  one = features + pixels + flops.vae_decode(cfg.vae, cfg.image_size)
   weights = {name: nbytes(params[name]) for name in params}
-  moved = 2 * (2 * weights["backbone"] + steps * weights["dit"]) + decoder_steps * weights["unet"] + weights["vae"]
+  moved = 2 * weights["backbone"] + steps * weights["dit"] + decoder_steps * weights["unet"] + weights["vae"]
   blank = [*tokenizer.encode(" "), tokenizer.image_start]
   for batch in on.pictures:
     keys = drawing.picture_keys(0, range(batch))

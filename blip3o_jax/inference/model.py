@@ -37,6 +37,8 @@ from blip3o_jax.porting.source import abstract_params
 from blip3o_jax.sharding import rules
 from blip3o_jax.sharding.distributed import whole
 
+_MOST_KEPT = 16  # null conditions, of as many programs
+
 
 def load(
   name_or_path: str | os.PathLike,
@@ -96,6 +98,7 @@ class Model:
     self.sampling, self.name, self.mesh = sampling, name, mesh
     self.batch_size = 32
     self.prompts = Prompts(model.cfg, tokenizer, pictures, name)
+    self._nothing: dict[tuple, jax.Array] = {}
 
   # ---- pictures
 
@@ -265,8 +268,8 @@ class Model:
     self._need(*DESIGNS[self.model.cfg.design])
     keys = drawing.picture_keys(seeds, numbers)
     batch = self.prompts.batch(rows, draw=True)
-    run = functools.partial(self._run, drawing.draw_features, **sampling.of_features())
-    features = run(batch.tokens, batch.mask, batch.positions, keys, 0, vision=batch.vision)
+    prompts = (batch.tokens, batch.mask, batch.positions)
+    features = self._run(drawing.draw_features, *prompts, keys, vision=batch.vision, **sampling.of_features())
     if self.model.cfg.design == "vae_flow":
       return self._run(drawing.draw_latents, features)
     if sampling.decoder_guidance <= 1 or sampling.decoder_null == "zeros":
@@ -274,10 +277,8 @@ class Model:
     elif sampling.decoder_null == "image":
       self._need("clip")
       null = self._blank_features(features)
-    else:  # the release: a picture drawn for one space, without any template (spec 6.5)
-      blank = Row([*self.tokenizer.encode(" "), self.tokenizer.image_start])
-      batch = self.prompts.batch([blank] * len(rows), draw=True, length=batch.tokens.shape[1])
-      null = run(batch.tokens, batch.mask, batch.positions, keys, 1, vision=batch.vision)
+    else:
+      null = self._features_of_nothing(len(rows), batch.tokens.shape[1], **sampling.of_features())
     return self._decode(features, null, keys, sampling)
 
   def talk_settings(self, **settings) -> talking.Sampling:
@@ -332,6 +333,25 @@ class Model:
   def _need(self, *names: str) -> None:
     if missing := [name for name in names if name not in self.params]:
       raise UserError(f"{self.name} holds no {', '.join(missing)}; train or convert these parts first")
+
+  def _features_of_nothing(self, rows: int, length: int, **settings) -> jax.Array:
+    """What is drawn for one space, without any template: the null condition of the release's decoder (spec 6.5).
+
+    [rows, N, C], all rows alike. The release draws it with its first picture and keeps it for all that follow; here its
+    noise is a fixed one, so that no picture depends on which was the first. Kept for each program of a batch.
+    """
+    key = (rows, length, *settings.values())
+    if key not in self._nothing:
+      blank = Row([*self.tokenizer.encode(" "), self.tokenizer.image_start])
+      batch = self.prompts.batch([blank] * rows, draw=True, length=length)
+      keys = drawing.picture_keys([0] * rows, [0] * rows)
+      drawn = self._run(
+        drawing.draw_features, batch.tokens, batch.mask, batch.positions, keys, 1, vision=batch.vision, **settings
+      )
+      if len(self._nothing) == _MOST_KEPT:
+        self._nothing.clear()
+      self._nothing[key] = drawn
+    return self._nothing[key]
 
   def _blank_features(self, like: jax.Array) -> jax.Array:
     with self._on_mesh():

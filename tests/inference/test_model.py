@@ -95,7 +95,10 @@ def test_batches(model):
 
 
 def test_the_null_of_the_decoder(model, monkeypatch):
-  """A picture drawn for one space without a template (spec 6.5), the features of a blank picture, or zeros."""
+  """A picture drawn for one space without a template (spec 6.5), the features of a blank picture, or zeros.
+
+  The first is drawn once, with a noise of its own, and kept for later pictures; other settings of the DiT draw anew.
+  """
   seen, pictures = [], jnp.zeros((2, 16, 16, 3), jnp.uint8)
   monkeypatch.setattr(Model, "_decode", lambda self, *args: seen.append([np.asarray(x) for x in args[:2]]) or pictures)
   for kind in drawing.DECODER_NULLS:
@@ -103,19 +106,27 @@ def test_the_null_of_the_decoder(model, monkeypatch):
   (features, generated), (_, blank), (_, zeros) = seen
   blanks = [*model.tokenizer.encode(" "), model.tokenizer.image_start]
   assert len(blanks) == 2
-  draw = lambda tokens, number: drawing.draw_features(
+  draw = lambda tokens, seed, pictures, number: drawing.draw_features(
     model.model,
     model.params,
     *arrays(model, [tokens] * 2),
-    drawing.picture_keys(3, np.arange(2)),
+    drawing.picture_keys(seed, pictures),
     number,
     **{"steps": 2, "guidance": 3.0, "exact_times": False},
   )
-  assert relative_error(features, draw(templates.generation_prompt(model.tokenizer, PROMPTS[0]), 0)) < 1e-5
-  assert relative_error(generated, draw(blanks, 1)) < 1e-5
+  assert relative_error(features, draw(templates.generation_prompt(model.tokenizer, PROMPTS[0]), 3, [0, 1], 0)) < 1e-5
+  assert relative_error(generated, draw(blanks, 0, [0, 0], 1)) < 1e-5
   want = drawing.null_image_features(model.model, model.params)
   np.testing.assert_array_equal(blank, np.broadcast_to(want, features.shape))
   assert not zeros.any() and zeros.shape == features.shape
+  run, programs = Model._run, []
+  monkeypatch.setattr(Model, "_run", lambda self, *args, **kw: programs.append(args[0]) or run(self, *args, **kw))
+  model.generate(PROMPTS[1], num=2, seed=4)
+  assert programs == [drawing.draw_features]
+  model.generate(PROMPTS[1], num=2, seed=4, guidance=2.0)
+  assert programs == [drawing.draw_features] * 3
+  np.testing.assert_array_equal(seen[3][1], generated)
+  assert relative_error(seen[4][1], generated) > 1e-3
 
 
 def test_prompts_are_padded_on_the_right_with_plain_positions(model):

@@ -22,10 +22,9 @@ def generate(given: dict[str, Any]) -> Work:
   vae = parts.open_vae(cfg, params["vae"], on.dtype)
   latents = tensor(params["queries"]["latent_queries"])[None]
   dtype, side = latents.dtype, cfg.image_size // cfg.vae.downsampling
-  noise = [
-    nchw(drawing.picture_noise(keys, draw, shape))
-    for draw, shape in enumerate([(*cfg.dit.grid, cfg.dit.in_channels)] * 2 + [(side, side, cfg.unet.in_channels)])
-  ]
+  grid, latent = (*cfg.dit.grid, cfg.dit.in_channels), (side, side, cfg.unet.in_channels)
+  noise = nchw(drawing.picture_noise(keys, 0, grid)), nchw(drawing.picture_noise(keys, 2, latent))
+  unsaid_noise = nchw(drawing.picture_noise(drawing.picture_keys(0, [0] * count), 1, grid))
 
   def features(text, dit, tokens, x):
     words = text.get_input_embeddings()(torch.tensor([tokens], device=latents.device))
@@ -39,7 +38,7 @@ def generate(given: dict[str, Any]) -> Work:
     return x.flatten(2).transpose(1, 2)
 
   with torch.no_grad():
-    unsaid = features(language, dit, blank, noise[1])
+    unsaid = features(language, dit, blank, unsaid_noise)
 
   def bind(wrap):
     text, drawer, denoiser, decode = wrap(language), wrap(dit), wrap(unet), wrap(vae.decode)
@@ -49,7 +48,7 @@ def generate(given: dict[str, Any]) -> Work:
         context = torch.cat([features(text, drawer, prompt, noise[0]), unsaid]).to(dtype)
         euler = EulerDiscreteScheduler(**cfg.decoder_process.to_reference())
         euler.set_timesteps(decoder_steps, device=context.device)
-        x = noise[2] * euler.init_noise_sigma
+        x = noise[1] * euler.init_noise_sigma
         for t in euler.timesteps:
           both = euler.scale_model_input(torch.cat([x, x]), t).to(dtype)
           said, null = parts.unet_step(denoiser, both, t, context, cfg.image_size).float().chunk(2)
