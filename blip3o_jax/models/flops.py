@@ -182,8 +182,8 @@ def unet(cfg: UNetConfig, side: int, context: int) -> float:
       total += block(side, width + skips.pop(), out, cfg.depths[i])
       width = out
     if i:
+      total += _upsample(side, out)
       side *= 2
-      total += _conv(side, out, out)
   return total + _conv(side, width, cfg.out_channels)
 
 
@@ -223,14 +223,19 @@ def _kl_decode(cfg: AutoencoderKLConfig, side: int) -> float:
       total += _resnet(side, width, out)
       width = out
     if i < len(widths) - 1:
+      total += _upsample(side, out)
       side *= 2
-      total += _conv(side, out, out)
   return total + _conv(side, width, cfg.in_channels * cfg.patch_size**2)
 
 
 def _conv(side: int, cin: int, cout: int, kernel: int = 3) -> float:
   """A convolution that leaves `side` x `side` places."""
   return matmul(side**2, kernel**2 * cin, cout)
+
+
+def _upsample(side: int, width: int) -> float:
+  """To twice the side, as nn.linear.UpsampleConv does it: four phases, each a 2x2 convolution."""
+  return matmul((side + 1) ** 2, 4 * width, 4 * width)
 
 
 def _resnet(side: int, cin: int, cout: int) -> float:

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax.nn.linear import Conv, Dense
+from blip3o_jax.nn.linear import Conv, Dense, UpsampleConv
 from blip3o_jax.nn.norms import GroupNorm
 
 
@@ -60,6 +60,4 @@ class Upsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    b, h, w, c = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-    return Conv(c, dtype=self.dtype, param_dtype=self.param_dtype, name="conv")(x)
+    return UpsampleConv(x.shape[-1], dtype=self.dtype, param_dtype=self.param_dtype, name="conv")(x)

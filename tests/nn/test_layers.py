@@ -1,4 +1,4 @@
-"""Layers that Sana and its autoencoder share, against plain formulas."""
+"""Layers against plain formulas."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,7 @@ import pytest
 from helpers import relative_error
 
 from blip3o_jax.nn.attention import linear_attention
-from blip3o_jax.nn.linear import DepthwiseConv
+from blip3o_jax.nn.linear import Conv, DepthwiseConv, UpsampleConv
 from blip3o_jax.nn.mlp import GLUMBConv
 from blip3o_jax.nn.norms import RMSNorm
 
@@ -59,6 +59,26 @@ def test_depthwise_is_a_grouped_convolution(kernel_size, use_bias):
   )
   assert set(params) == ({"kernel", "bias"} if use_bias else {"kernel"})
   assert relative_error(module.apply({"params": params}, x), expected + params.get("bias", 0)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype, bar", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_upsampling_convolution(dtype, bar):
+  """That of the pixels repeated, its gradients as well; and fewer operations."""
+  x = jax.random.normal(jax.random.key(0), (2, 5, 3, 4))
+  plain, quick = Conv(6, dtype=dtype), UpsampleConv(6, dtype=dtype)
+  params = jax.tree.map(lambda leaf: leaf + 0.1, plain.init(jax.random.key(1), x))
+  assert jax.tree.map(jnp.shape, quick.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, params)
+
+  def repeated(params, x):
+    return plain.apply(params, x.repeat(2, axis=1).repeat(2, axis=2))
+
+  assert quick.apply(params, x).dtype == dtype
+  assert relative_error(quick.apply(params, x), repeated(params, x)) < bar
+  slopes = [jax.grad(lambda *given: jnp.sum(jnp.sin(f(*given))), (0, 1))(params, x) for f in (quick.apply, repeated)]
+  for got, want in zip(*map(jax.tree.leaves, slopes), strict=True):
+    assert relative_error(got, want) < bar
+  work = [jax.jit(f).lower(params, x).cost_analysis()["flops"] for f in (quick.apply, repeated)]
+  assert work[0] < 0.75 * work[1]
 
 
 def test_gated_convolution():
