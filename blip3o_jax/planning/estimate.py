@@ -60,7 +60,8 @@ def estimate(config: ConfigDict, where: Topology, job: str, found: list[Program]
   phases = {"train": shapes.training, "generate": shapes.drawing, "cache-features": lambda: [shapes.encoder()]}[job]()
   memory = {"arguments": max(cost.device_bytes(p.arguments) for p in found), "temporaries": max(phases), "code": _CODE}
   compute = sum(sum(p.flops.values()) for p in found) * config.batch_size / mesh.size / where.chip.flops
-  return Estimate(memory, max(compute, shapes.sent(job) * parts / where.chip.ici_bandwidth))
+  wires = shapes.sent(job) / where.chip.ici_bandwidth, shapes.sent_between_slices(job) / where.chip.dcn_bandwidth
+  return Estimate(memory, max(compute, *(seconds * parts for seconds in wires)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +135,21 @@ class _Shapes:
     uses = uses.get(job, {"clip": 1})
     fsdp, tensor = (1 - 1 / self.mesh.shape[axis] for axis in ("fsdp", "tensor"))
     gathered = fsdp * sum(times * self.weights(name, layer=False) for name, times in uses.items())
-    trained = sum(math.prod(x.shape) for x in jax.tree.leaves(self.params.get("dit", {}))) if job == "train" else 0
-    copies = self.mesh.shape["data"] * self.mesh.shape["slice"]
-    summed = 2 * (1 - 1 / copies) * _BF16 * trained / self.mesh.shape["fsdp"] / self.mesh.shape["tensor"]
+    gradients = self.gradients(job) / self.mesh.shape["fsdp"] / self.mesh.shape["tensor"]
+    summed = 2 * (1 - 1 / self.mesh.shape["data"]) * gradients
     text, clip = self.text, self.cfg.clip
     streams = self.wide(self.length, 4 * text.layers * text.dim) + self.wide(clip.side**2, 4 * clip.layers * clip.width)
     return gathered + summed + tensor * streams
+
+  def sent_between_slices(self, job: str) -> float:
+    """The same to other slices: the gradients' sums, of which each chip of a slice has its part."""
+    slices = self.mesh.shape["slice"]
+    return 2 * (1 - 1 / slices) * self.gradients(job) / (self.mesh.size / slices)
+
+  def gradients(self, job: str) -> float:
+    """Bytes of all gradients in the compute dtype."""
+    trained = self.params.get("dit", {}) if job == "train" else {}
+    return _BF16 * sum(math.prod(x.shape) for x in jax.tree.leaves(trained))
 
 
 # ---- advice

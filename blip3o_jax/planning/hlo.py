@@ -14,6 +14,8 @@ _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(")
 _COLLECTIVE = re.compile(rf"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ({_KINDS})(-start)?\(")
+# What goes to other slices is sent by the hosts' Megascale runtime, which does the rest of the collective.
+_BETWEEN_SLICES = re.compile(r'^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) send\(.*_xla_megascale_transfer_type="([A-Z_]+)"')
 _CALLED = re.compile(r"(condition|body|calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
@@ -44,7 +46,14 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
   turns = _turns(_computations(text))
   for name, lines in _computations(text).items():
     for number, line in enumerate(lines):
-      if not (hit := _COLLECTIVE.match(line)) or not turns[name]:
+      if not turns[name]:
+        continue
+      if hit := _BETWEEN_SLICES.match(line):
+        kind, group = hit[2].lower().replace("_", "-"), mesh.shape["slice"]
+        size = _bytes(hit[1], largest=True) * (group if kind == "all-gather" else 1)
+        found[name, number] = turns[name], kind, ("slice",), group, size
+        continue
+      if not (hit := _COLLECTIVE.match(line)):
         continue
       kind = _kind(hit[2], name)
       ids = _groups(line)

@@ -108,3 +108,17 @@ ENTRY %main (a: f32[10,100]) -> f32[10,100] {
   # A turn: 400 bytes of the row read and written by the slice, and 400 read by the copy into on-chip memory.
   assert hlo.hbm_bytes(text) == 10 * (400 + 400 + 400)
   assert re.search("while", text) and hlo._turns(hlo._computations(text))["body"] == 10
+
+
+def test_sums_over_slices_go_by_the_hosts():
+  """A mean over two slices: within each over the wires, then a quarter of it from every chip to the other slice."""
+  pytest.importorskip("libtpu")
+  mesh = topology.get("v5e:2x2", slices=2).mesh({"data": 4})
+  place = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+  x = jax.ShapeDtypeStruct((64, 512, 256), jnp.float32, sharding=place(("slice", "data")))
+  text = jax.jit(lambda x: jnp.mean(x, axis=0), out_shardings=place()).lower(x).compile().as_text()
+  found = {c.axes: c for c in hlo.collectives(text, mesh)}
+  between = found[("slice",)]
+  assert (between.kind, between.group, between.count) == ("all-reduce", 2, 1)
+  assert between.size == between.sent == 512 * 256 * 4 / 4
+  assert found[("data",)].group == 4 and not [axes for axes in found if "slice" in axes and len(axes) > 1]

@@ -164,6 +164,19 @@ def test_usage_errors_are_one_line_and_2(tmp_path, capsys, words, said):
 
 
 @pytest.mark.slow
+def test_gradients_go_to_the_other_slice(tmp_path):
+  """In bfloat16, a quarter of them from each of the four chips of a slice; what is small goes whole."""
+  pytest.importorskip("libtpu")
+  config = small.config(tmp_path, "trainable=dit/")
+  found = plan.make(config, "v5e:2x2", slices=2)
+  (between,) = [c for c in found.costs[0].collectives if "slice" in c.axes]
+  assert between.group == 2 and found.costs[0].bounds.dcn == between.sent / found.topology.chip.dcn_bandwidth
+  (program,) = programs.build(config, programs.make_mesh(config, found.topology, "train"), "train")
+  gradients = sum(leaf.size for leaf in jax.tree.leaves(program.parameters["dit"]))
+  assert 1 < between.sent / (2 * gradients / 4) < 1.5
+
+
+@pytest.mark.slow
 def test_the_8b_compiles_for_a_pod():
   """In 12 GiB. Four minutes are the aim on two quiet cores; as others may share them, twice that fails."""
   import resource
