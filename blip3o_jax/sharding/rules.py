@@ -31,8 +31,12 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 _TABLE = dict(RULES)
 
 
-def spec(mesh: Mesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+def spec(
+  mesh: Mesh, names: tuple[str | None, ...], shape: tuple[int, ...], layers: str | None = None
+) -> PartitionSpec:
   """The partition of one array. A mesh axis is used once (the first dimension wins) and only where it divides the size.
+
+  layers: the mesh axis over which stacked layers are spread.
 
   Raises:
     ValueError: a name that RULES does not know (a typing slip in a model).
@@ -42,7 +46,7 @@ def spec(mesh: Mesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> P
   for name, size in zip(names, shape, strict=True):
     if name is not None and name not in _TABLE:
       raise ValueError(f"logical axis {name!r} has no rule in sharding/rules.py")
-    axes = _TABLE.get(name) or ()
+    axes = (layers if name == "layers" else _TABLE.get(name)) or ()
     axes = tuple(a for a in ((axes,) if isinstance(axes, str) else axes) if a in mesh.shape and a not in used)
     if axes and size % math.prod(mesh.shape[a] for a in axes) == 0:
       used.update(axes)
@@ -52,10 +56,10 @@ def spec(mesh: Mesh, names: tuple[str | None, ...], shape: tuple[int, ...]) -> P
   return PartitionSpec(*parts)
 
 
-def shardings(mesh: Mesh, boxed: Any) -> Any:
+def shardings(mesh: Mesh, boxed: Any, layers: str | None = None) -> Any:
   """A NamedSharding for every leaf of a tree whose leaves may be boxed with logical names; unboxed ones replicate.
 
-  `boxed` is usually the result of `jax.eval_shape`. Returns the tree of `nn.unbox(boxed)`.
+  `layers`: see `spec`. `boxed` is usually the result of `jax.eval_shape`. Returns the tree of `nn.unbox(boxed)`.
   """
 
   def one(leaf):
@@ -63,17 +67,17 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
       return NamedSharding(mesh, PartitionSpec())
     if not jax.tree.leaves(leaf.value):  # optax masks a leaf that is another optimizer's business
       return leaf.value
-    return NamedSharding(mesh, spec(mesh, leaf.names, leaf.value.shape))
+    return NamedSharding(mesh, spec(mesh, leaf.names, leaf.value.shape, layers))
 
   return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
-def placed(mesh: Mesh, boxed: Any) -> Any:
-  """The tree of `nn.unbox(boxed)`, each leaf a ShapeDtypeStruct with its sharding."""
+def placed(mesh: Mesh, boxed: Any, layers: str | None = None) -> Any:
+  """The tree of `nn.unbox(boxed)`, each leaf a ShapeDtypeStruct with its sharding; `layers`: see `spec`."""
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     nn.unbox(boxed),
-    shardings(mesh, boxed),
+    shardings(mesh, boxed, layers),
   )
 
 

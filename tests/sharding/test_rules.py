@@ -30,6 +30,12 @@ def test_spec(names, shape, expected):
   assert rules.spec(MESH, names, shape) == expected
 
 
+def test_layers_can_be_spread():
+  names = ("layers", "embed", "heads")
+  assert rules.spec(MESH, names, (6, 8, 6), layers="data") == PartitionSpec("data", "fsdp", "tensor")
+  assert rules.spec(MESH, names, (5, 8, 6), layers="data") == PartitionSpec(None, "fsdp", "tensor")
+
+
 def test_unknown_name_is_a_bug():
   with pytest.raises(ValueError, match="embedd"):
     rules.spec(MESH, ("embedd",), (8,))

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import sharded
@@ -17,6 +18,7 @@ import toy
 from PIL import Image
 
 import blip3o_jax
+from blip3o_jax.planning import topology
 from blip3o_jax.training import trainer
 
 EIGHT = """
@@ -71,6 +73,25 @@ def test_eight_devices(tmp_path):
   # Three runs and one lowering: no second step compiled again, for which the state must start on its final sharding.
   assert done.stderr.count("Compiling jit(step)") == 4
   assert "Involuntary full rematerialization" not in done.stderr
+
+
+def test_muon_is_spread_over_the_layers(tmp_path):
+  """Each device keeps the momentum of some layers and does the products of these alone; the losses stay the same."""
+  muon = {"steps": 5, "optimizer": {"name": "muon"}}
+  runs = [{"name": "one", "mesh": {"data": 1}} | muon, {"name": "two", "mesh": {"data": 2}} | muon]
+  status, (out,) = finish([sharded.run(tmp_path, *runs, devices=2)])
+  assert status == [0], out[-3000:]
+  one, two = (toy.losses(tmp_path / name) for name in ("one", "two"))
+  assert len(one) == 5 and one[5] != one[1]
+  np.testing.assert_allclose([two[step] for step in one], list(one.values()), rtol=1e-5)
+
+  pytest.importorskip("libtpu")
+  config = trainer.complete(sharded.config(**muon))
+  program = trainer.build(config, topology.get("v5e:2x2").mesh({"data": 2, "fsdp": 2}))
+  where = {jax.tree_util.keystr(path): x.sharding.spec for path, x in jax.tree.leaves_with_path(program.state)}
+  kernels = {path: spec for path, spec in where.items() if "layers" in path and "kernel" in path}
+  assert {spec[0] for path, spec in kernels.items() if "opt_state" in path} == {"data"}
+  assert {spec[0] for path, spec in kernels.items() if "opt_state" not in path} == {None}
 
 
 def test_goldens():
