@@ -13,8 +13,9 @@ from blip3o_jax.inference import image as drawing
 
 
 def generate(given: dict[str, Any]) -> Work:
-  """Words to pixels (spec 3.3, part 6). The noise is ours, so that the pictures can be compared; the features of the
-  decoder's null prompt are computed beforehand, since the release keeps them from its first picture on."""
+  """Words to pixels (spec 3.3, part 6), each picture from a prompt of its own. The noise is ours, so that the pictures
+  can be compared; the features of the decoder's null prompt are computed beforehand, since the release keeps them from
+  its first picture on."""
   on, (prompt, blank, count, keys) = given["setup"], given["inputs"]
   cfg, params, (steps, decoder_steps) = on.cfg, given["params"], on.steps
   language = parts.open_backbone(cfg, params["backbone"], on.dtype).model.language_model
@@ -27,9 +28,9 @@ def generate(given: dict[str, Any]) -> Work:
   unsaid_noise = nchw(drawing.picture_noise(drawing.picture_keys(0, [0] * count), 1, grid))
 
   def features(text, dit, tokens, x):
-    words = text.get_input_embeddings()(torch.tensor([tokens], device=latents.device))
-    condition = parts.hidden_states(text, torch.cat([words, latents], dim=1))[:, -cfg.queries :]
-    both = torch.cat([torch.zeros_like(condition), condition]).repeat_interleave(count, dim=0)
+    words = text.get_input_embeddings()(torch.tensor([tokens] * count, device=latents.device))
+    condition = parts.hidden_states(text, torch.cat([words, latents.expand(count, -1, -1)], dim=1))[:, -cfg.queries :]
+    both = torch.cat([torch.zeros_like(condition), condition])
     flow = FlowMatchEulerDiscreteScheduler()
     flow.set_timesteps(steps, sigmas=np.linspace(1.0, 1.0 / steps, steps), device=x.device)
     for t in flow.timesteps:
