@@ -31,9 +31,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 _TABLE = dict(RULES)
 
 
-def spec(
-  mesh: Mesh, names: tuple[str | None, ...], shape: tuple[int, ...], layers: str | None = None
-) -> PartitionSpec:
+def spec(mesh: Mesh, names: tuple[str | None, ...], shape: tuple[int, ...], layers: str | None = None) -> PartitionSpec:
   """The partition of one array. A mesh axis is used once (the first dimension wins) and only where it divides the size.
 
   layers: the mesh axis over which stacked layers are spread.
