@@ -1,7 +1,8 @@
 """Pictures from prompts: query pass, guided DiT loop, guided decoder loop, VAE. Two compiled programs for each shape.
 
 Random numbers belong to a picture, not to a batch: picture i of a seed draws its noise from its own key, so it is the
-same in any batch. Order of the draws as in the release (spec 6.5): DiT noise, DiT noise of the null prompt, latents.
+same in any batch. Draws are numbered in the release's order (spec 6.5): DiT noise, DiT noise of the null prompt (of a
+key of its own, as all pictures share that), latents.
 """
 
 import dataclasses
