@@ -64,7 +64,7 @@ def test_depthwise_is_a_grouped_convolution(kernel_size, use_bias):
 @pytest.mark.parametrize("dtype, bar", [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_upsampling_convolution(dtype, bar):
   """That of the pixels repeated, its gradients as well; and fewer operations."""
-  x = jax.random.normal(jax.random.key(0), (2, 5, 3, 4))
+  x = jax.random.normal(jax.random.key(0), (2, 9, 7, 4))
   plain, quick = Conv(6, dtype=dtype), UpsampleConv(6, dtype=dtype)
   params = jax.tree.map(lambda leaf: leaf + 0.1, plain.init(jax.random.key(1), x))
   assert jax.tree.map(jnp.shape, quick.init(jax.random.key(1), x)) == jax.tree.map(jnp.shape, params)
@@ -98,3 +98,11 @@ def test_rms_norm_with_a_bias():
   expected = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-3) * params["scale"] + params["bias"]
   assert relative_error(module.apply({"params": params}, x), expected) < 1e-6
   assert set(random_params(RMSNorm(), x)) == {"scale"}
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about the CPU compiler")
+def test_gradient_of_an_upsampling_convolution_has_no_reversed_window():
+  """A reversed window has no fast convolution on a CPU: it took more than half of a training step of the decoder."""
+  layer, x = UpsampleConv(16), normal(2, 8, 8, 16)
+  gradient = jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(layer.apply({"params": p}, x)))))
+  assert "rhs_reversal" not in gradient.lower(random_params(layer, x)).compile().as_text()
