@@ -59,10 +59,11 @@ HELD_OUT_GROUNDS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-  """One object: centre (x, y) and radius r in pixels, x to the right and y downwards."""
+  """One object: centre (x, y) and radius r in pixels, x to the right and y downwards; `colour` is a name of COLOURS, or
+  (r, g, b) where it has none."""
 
   shape: str
-  colour: str
+  colour: str | tuple[int, int, int]
   x: float
   y: float
   r: float
@@ -170,6 +171,23 @@ def sample_scene(rng: random.Random, family: str | None = None, held_out: bool =
       return scene
 
 
+def with_unnamed_colours(scene: Scene, rng: random.Random, share: float = 0.5) -> Scene:
+  """The scene with that share of its things in any colour but those that have a name, and unlike any ground.
+
+  Shapes in such colours, which no prompt can ask for, teach what a shape is whatever its colour.
+  """
+
+  def colour():
+    while True:
+      rgb = tuple(rng.randrange(256) for _ in range(3))
+      away = lambda table: min(float(np.linalg.norm(np.subtract(rgb, other))) for other in table.values())
+      if away(COLOURS) > 75 and away(GROUNDS) > 75:
+        return rgb
+
+  things = [dataclasses.replace(t, colour=colour()) if rng.random() < share else t for t in scene.things]
+  return dataclasses.replace(scene, things=tuple(things))
+
+
 def _shapes_and_colours(rng: random.Random, family: str | None) -> tuple[list[str], list[str]]:
   names = tuple(COLOURS)
   if family in ("single_object", "colors"):
@@ -212,7 +230,8 @@ def render(scene: Scene) -> np.ndarray:
     rows, columns = slice(top, int(t.y + t.r) + 3), slice(left, int(t.x + t.r) + 3)
     distance = signed_distance(t.shape, _COORDINATES[columns] - t.x, (_COORDINATES[rows] - t.y)[:, None], t.r)
     window = image[rows, columns]
-    window += np.clip(0.5 - distance, 0, 1)[..., None] * (np.array(COLOURS[t.colour], np.float32) - window)
+    colour = np.array(COLOURS.get(t.colour, t.colour), np.float32)
+    window += np.clip(0.5 - distance, 0, 1)[..., None] * (colour - window)
   return (image + 0.5).astype(np.uint8)
 
 
@@ -246,9 +265,11 @@ def caption_of(scene: Scene, family: str, rng: random.Random, ground: bool | Non
 
 
 def dense_caption(scene: Scene, places: bool = False, ground: bool = True) -> str:
-  """Every object with its colour, from left to right: "a red circle at the top left and a blue square at the right"."""
+  """Every object from left to right, with its colour if that has a name: "a red circle at the top left and a square at
+  the right"."""
   things = sorted(scene.things, key=lambda t: (t.x, t.y))
-  words = [noun(t.shape, t.colour) + (f" at the {place_of(t)}" if places else "") for t in things]
+  name = lambda t: noun(t.shape, t.colour if t.colour in COLOURS else None)
+  words = [name(t) + (f" at the {place_of(t)}" if places else "") for t in things]
   return join(words) + (f" on a {scene.ground} background" if ground else "")
 
 

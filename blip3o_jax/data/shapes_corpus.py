@@ -1,6 +1,7 @@
 """Writes the corpora of the built-in world to disk, in the layouts of the release's data (spec 11.2).
 
-  contrastive/  tar shards of NNNNNN.jpg + NNNNNN.txt: captions that say everything, and family captions
+  contrastive/  tar shards of NNNNNN.jpg + NNNNNN.txt: captions that say everything, and family captions; many things
+                in colours without a name
   pretrain/     tar shards: family captions
   instruct/     tar shards: fewer, the six families in turn
   understanding/images/*.jpg, questions.jsonl   conversations, some without a picture
@@ -27,7 +28,7 @@ from blip3o_jax.data import shapes, shapes_questions, tars, templates
 from blip3o_jax.data.tokenizer import QWEN, train_tokenizer
 from blip3o_jax.errors import UserError
 
-VERSION = 6  # of what is drawn: another version is another corpus
+VERSION = 7  # of what is drawn: another version is another corpus
 MANIFEST = "manifest.json"
 VOCABULARY = 640  # entries of the tokenizer, as in the preset "micro"
 
@@ -88,10 +89,14 @@ def _rng(seed: int, name: str, index: int) -> random.Random:
 
 
 def _contrastive(rng: random.Random, index: int) -> tuple[shapes.Scene, str]:
-  """Three captions of four say everything (two of them with places), one is that of a family."""
+  """Three captions of four say everything (two of them with places), one is that of a family. Where a caption has to
+  name colours, all have a name; of the other things about half."""
   if index % 4 == 3:
-    return _family(rng, index)
+    family = rng.choice(shapes.FAMILIES)
+    scene, caption = _family(rng, index, family)
+    return scene if family in ("colors", "color_attr") else shapes.with_unnamed_colours(scene, rng), caption
   scene = shapes.sample_scene(rng, rng.choice((*shapes.FAMILIES, None, None, None, None)))
+  scene = shapes.with_unnamed_colours(scene, rng)
   return scene, shapes.dense_caption(scene, places=index % 4 < 2, ground=rng.random() < 0.75)
 
 

@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
       "model": {"preset": "micro"},
       "trainable": ("unet/",),
       "init_from": "runs/micro/clip/model",
-      "data": {"task": "images", "path": "runs/shapes/pretrain", "image_size": 64, "cache": True},
+      "data": {"task": "images", "path": "runs/shapes/contrastive", "image_size": 64, "cache": True},
       "optimizer": {"name": "muon", "learning_rate": 5e-3, "b2": 0.99},
       "schedule": {"name": "cosine_min", "min_ratio": 0.02, "warmup_steps": 200},
       "ema_decay": 0.998,

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
       "model": {"preset": "micro"},
       "trainable": ("vae/",),
       "tokenizer": "runs/shapes/tokenizer",
-      "data": {"task": "images", "path": "runs/shapes/pretrain", "image_size": 64, "cache": True},
+      "data": {"task": "images", "path": "runs/shapes/contrastive", "image_size": 64, "cache": True},
       "optimizer": {"learning_rate": 2e-3, "b2": 0.99},
       "schedule": {"name": "cosine_min", "min_ratio": 0.02, "warmup_steps": 100},
       "ema_decay": 0.998,

