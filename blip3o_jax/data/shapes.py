@@ -177,11 +177,12 @@ def with_unnamed_colours(scene: Scene, rng: random.Random, share: float = 0.5) -
   Shapes in such colours, which no prompt can ask for, teach what a shape is whatever its colour.
   """
 
+  taken = np.array([*COLOURS.values(), *GROUNDS.values()])
+
   def colour():
     while True:
       rgb = tuple(rng.randrange(256) for _ in range(3))
-      away = lambda table: min(float(np.linalg.norm(np.subtract(rgb, other))) for other in table.values())
-      if away(COLOURS) > 75 and away(GROUNDS) > 75:
+      if np.linalg.norm(taken - rgb, axis=-1).min() > 75:
         return rgb
 
   things = [dataclasses.replace(t, colour=colour()) if rng.random() < share else t for t in scene.things]
