@@ -40,6 +40,9 @@ class EulerDiscreteConfig:
       "timestep_spacing": "leading",
       "interpolation_type": "linear",
       "use_karras_sigmas": False,
+      "use_exponential_sigmas": False,
+      "use_beta_sigmas": False,
+      "final_sigmas_type": "zero",
       "rescale_betas_zero_snr": False,
     }
     config = {"beta_schedule": "linear", "timestep_spacing": "linspace"} | config  # diffusers' silent defaults

@@ -134,7 +134,8 @@ class EvaClip(nn.Module):
     """The residual stream after the last block, without class token and without a final norm (spec 5.2).
 
     Args:
-      images: [B, S, S, 3], normalised by CLIP's mean and standard deviation.
+      images: [B, S, S, 3], normalised by CLIP's mean and standard deviation. What is left of S beside whole patches is
+        not looked at.
 
     Returns:
       [B, n, C], n = (S / patch)^2, row-major.
@@ -142,7 +143,8 @@ class EvaClip(nn.Module):
     cfg, kinds = self.cfg, {"dtype": self.dtype, "param_dtype": self.param_dtype}
     b, side, p = images.shape[0], cfg.side, cfg.patch_size
     # A convolution whose stride is its size, as a matrix product: patches flattened (row, column, channel).
-    x = images.reshape(b, side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, side * side, p * p * 3)
+    x = images[:, : side * p, : side * p]
+    x = x.reshape(b, side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, side * side, p * p * 3)
     x = Dense(cfg.width, (None, "embed"), name="patch_embed", **kinds)(x)
     self.sow("intermediates", "patches", x)
 
@@ -159,8 +161,11 @@ class EvaClip(nn.Module):
 
 
 def pool(features: jax.Array, stride: int) -> jax.Array:
-  """Average over stride x stride squares of the token grid: [B, n, C] -> [B, n / stride^2, C], row-major (spec 5.3)."""
+  """Average over stride x stride squares of the token grid: [B, s^2, C] -> [B, floor(s / stride)^2, C], row-major. Rows
+  and columns beyond the last whole square are left out, as torch's pooling does (spec 5.3)."""
   b, n, c = features.shape
-  out = math.isqrt(n) // stride
-  x = features.reshape(b, out, stride, out, stride, c).astype(jnp.float32)
+  side = math.isqrt(n)
+  out = side // stride
+  x = features.reshape(b, side, side, c)[:, : out * stride, : out * stride]
+  x = x.reshape(b, out, stride, out, stride, c).astype(jnp.float32)
   return jnp.mean(x, axis=(2, 4)).reshape(b, out * out, c).astype(features.dtype)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from blip3o_jax.errors import UserError
 from blip3o_jax.nn import rope
 from blip3o_jax.nn.attention import attention
 from blip3o_jax.nn.linear import Dense
@@ -38,7 +39,7 @@ class RopeScaling:
 class TextDecoderConfig:
   """Sizes and flags.
 
-  Llama 3: neither flag. Qwen2: `qkv_bias`. Qwen3: `qk_norm`. Qwen2.5-VL: `qkv_bias` and `rope_sections`, the number of
+  Llama 3: no flag. Qwen2: `qkv_bias`. Qwen3: `qk_norm`. Qwen2.5-VL: `qkv_bias` and `rope_sections`, the number of
   frequencies that follow the time, height and width position (they sum to head_size / 2).
   """
 
@@ -54,6 +55,8 @@ class TextDecoderConfig:
   norm_eps: float = 1e-6
   tie_embeddings: bool = False
   qkv_bias: bool = False
+  out_bias: bool = False  # of the attention's last product
+  mlp_bias: bool = False
   qk_norm: bool = False
   rope_scaling: RopeScaling | None = None
   remat: str = "none"
@@ -72,7 +75,12 @@ class TextDecoderConfig:
     text = {**config, **config.get("text_config", {})}
     rope_config = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
     sections, scaling = rope_config.get("mrope_section"), None
-    if rope_config.get("rope_type") == "llama3":
+    rope_type = rope_config.get("rope_type") or rope_config.get("type") or "default"
+    if rope_type not in ("default", "mrope", "llama3", "dynamic"):  # dynamic: within the trained length the same
+      raise UserError(f"language model config: rope_type {rope_type!r} is not supported; known are default and llama3")
+    if text.get("use_sliding_window") or "sliding_attention" in (text.get("layer_types") or ()):
+      raise UserError("language model config: sliding windows are not supported")
+    if rope_type == "llama3":
       scaling = RopeScaling(
         factor=float(rope_config["factor"]),
         low_freq_factor=float(rope_config["low_freq_factor"]),
@@ -82,11 +90,14 @@ class TextDecoderConfig:
     kind = text.get("model_type", "")
     vocab, tied = text["vocab_size"], text.get("tie_word_embeddings", False)
     bias = text.get("attention_bias", not any(name in kind for name in ("llama", "qwen3")))
+    out_bias, mlp_bias = text.get("attention_bias", False), text.get("mlp_bias", False)
     norm = "qwen3" in kind
     if shapes:
       shapes = {key.replace("model.language_model.", "model.", 1): shape for key, shape in shapes.items()}
       vocab, tied = shapes["model.embed_tokens.weight"][0], tied or "lm_head.weight" not in shapes
       bias = "model.layers.0.self_attn.q_proj.bias" in shapes
+      out_bias = "model.layers.0.self_attn.o_proj.bias" in shapes
+      mlp_bias = "model.layers.0.mlp.up_proj.bias" in shapes
       norm = "model.layers.0.self_attn.q_norm.weight" in shapes
     return cls(
       vocab=vocab,
@@ -101,13 +112,15 @@ class TextDecoderConfig:
       norm_eps=text["rms_norm_eps"],
       tie_embeddings=tied,
       qkv_bias=bias,
+      out_bias=out_bias,
+      mlp_bias=mlp_bias,
       qk_norm=norm,
       rope_scaling=scaling,
     )
 
   def to_reference(self) -> dict[str, Any]:
     """config.json of transformers, flat; the model's kind follows from the flags."""
-    kind = "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "llama"
+    kind = "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias and not self.out_bias else "llama"
     scaling = {"mrope_section": list(self.rope_sections), "type": "mrope"} if self.rope_sections else None
     if (s := self.rope_scaling) is not None:
       scaling = {"rope_type": "llama3", "factor": s.factor, "original_max_position_embeddings": s.original_length}
@@ -128,6 +141,8 @@ class TextDecoderConfig:
       "rope_scaling": scaling,
       "max_position_embeddings": 128000,
       "tie_word_embeddings": self.tie_embeddings,
+      "attention_bias": self.out_bias,
+      "mlp_bias": self.mlp_bias,
       "use_cache": True,
     }
 
@@ -218,7 +233,7 @@ class Attention(nn.Module):
       keys, values = (jnp.concatenate([c, n], axis=1) for c, n in zip(cached, (k, v), strict=True))
     seen = {"causal": True, "segments": seen} if slot is None else {"mask": seen}
     y = attention(q, keys, values, **seen).reshape(*x.shape[:2], -1)
-    return Dense(cfg.dim, ("heads", "embed"), use_bias=False, name="o", **kinds)(y), (k, v)
+    return Dense(cfg.dim, ("heads", "embed"), use_bias=cfg.out_bias, name="o", **kinds)(y), (k, v)
 
 
 class Block(nn.Module):
@@ -235,7 +250,8 @@ class Block(nn.Module):
     y = RMSNorm(cfg.norm_eps, name="input_norm", **kinds)(x)
     y, new = Attention(cfg, name="attention", **kinds)(y, cached, phase, seen, slot)
     x = x + y
-    x = x + SwiGLU(cfg.mlp_dim, name="mlp", **kinds)(RMSNorm(cfg.norm_eps, name="post_norm", **kinds)(x))
+    y = RMSNorm(cfg.norm_eps, name="post_norm", **kinds)(x)
+    x = x + SwiGLU(cfg.mlp_dim, cfg.mlp_bias, name="mlp", **kinds)(y)
     x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
     self.sow("intermediates", "block_out", x)
     # Without a cache nobody reads the new keys and values: do not stack them.

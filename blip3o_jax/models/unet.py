@@ -239,7 +239,7 @@ class UNet(nn.Module):
     """One prediction.
 
     Args:
-      latents: [B, h, w, in_channels]; h and w are multiples of 2^(levels - 1).
+      latents: [B, h, w, in_channels]. Odd sizes are halved upwards, and doubled to the size that they came from.
       t: time in 0..1000, [B] or a scalar.
       context: [B, N, E]; ignored (may be None) where `projected` is given.
       pooled: [B, E'], the mean of the context tokens in the release. Unused if cfg.time_id_size is 0.
@@ -248,14 +248,9 @@ class UNet(nn.Module):
 
     Returns:
       [B, h, w, out_channels] in `dtype`.
-
-    Raises:
-      UserError: a latent size that the levels cannot halve.
     """
     cfg, types = self.cfg, {"dtype": self.dtype, "param_dtype": self.param_dtype}
     levels = len(cfg.block_out_channels)
-    if latents.shape[1] % 2 ** (levels - 1) or latents.shape[2] % 2 ** (levels - 1):
-      raise UserError(f"UNet: latents of {latents.shape[1:3]} cannot be halved {levels - 1} times; choose another size")
     if projected is None:
       context = self._with_code(context)
 
@@ -294,7 +289,7 @@ class UNet(nn.Module):
         x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), features, f"up_{i}_resnet_{j}")
         x = transformer(x, cfg.depths[::-1][i], cfg.heads[::-1][i], f"up_{i}_attention_{j}")
       if i < levels - 1:
-        x = Upsample(**types, name=f"up_{i}_upsample")(x)
+        x = Upsample(skips[-1].shape[1:3], **types, name=f"up_{i}_upsample")(x)
 
     x = nn.silu(GroupNorm(cfg.norm_groups, cfg.norm_eps, **types, name="norm_out")(x))
     return conv(cfg.out_channels, "conv_out")(x)

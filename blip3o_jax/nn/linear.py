@@ -97,10 +97,17 @@ class UpsampleConv(Conv):
 
   Computed at the small size: of three neighbouring pixels of the large picture two are the same pixel of the small one,
   so each of four phases is a 2x2 convolution of sums of the kernel. The same result at 4/9 of the arithmetic.
+
+  `size`: another (height, width) of the large picture, up to a pixel smaller on each side; None = twice the small one.
   """
+
+  size: tuple[int, int] | None = None
 
   def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     b, h, w, c = x.shape
+    if self.size not in (None, (2 * h, 2 * w)):
+      large = x.repeat(2, axis=1).repeat(2, axis=2)[:, : self.size[0], : self.size[1]]
+      return super()._convolve(large, kernel)
     kernel = _pairs(_pairs(kernel, 0), 2)  # [2, 2, 2, 2, in, features]: row of the phase, of the kernel; then columns
     kernel = kernel.transpose(1, 3, 4, 0, 2, 5).reshape(2, 2, c, -1).astype(self.dtype)
     # Padded beforehand: on a CPU, XLA swaps the operands of the kernel's gradient where the cotangent is larger than x,

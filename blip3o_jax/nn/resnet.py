@@ -53,11 +53,13 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-  """Nearest neighbour by 2, then a 3x3 convolution: [B, H, W, C] -> [B, 2H, 2W, C]."""
+  """Nearest neighbour by 2, or to `size`, then a 3x3 convolution: [B, H, W, C] -> [B, 2H, 2W, C]."""
 
+  size: tuple[int, int] | None = None
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    return UpsampleConv(x.shape[-1], dtype=self.dtype, param_dtype=self.param_dtype, name="conv")(x)
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    return UpsampleConv(x.shape[-1], size=self.size, **types, name="conv")(x)

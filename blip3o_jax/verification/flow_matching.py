@@ -8,6 +8,7 @@ import numpy as np
 
 from blip3o_jax.diffusion import flow_matching, solvers
 from blip3o_jax.diffusion.guidance import null_first
+from blip3o_jax.errors import UserError
 from blip3o_jax.verification import next_dit
 from blip3o_jax.verification.recording import FORWARD, TRAJECTORY, Recording, nchw, nhwc
 
@@ -58,7 +59,8 @@ def check(rec: Recording) -> None:
 
 
 def draw(dit: next_dit.LoadedDiT, params, cond: jax.Array, noise: jax.Array, **settings) -> solvers.FlowSample:
-  """The sampler on a condition [B, L, E] and noise [B, h, w, C], the constant part of the condition computed once."""
+  """The sampler on a condition [B, L, E] and noise [B n, h, w, C], the constant part of the condition computed once."""
+  cond = per_image(cond, len(noise))
 
   def run(params, cond, noise):
     both = cond if settings["guidance"] == 1 else null_first(cond)
@@ -67,6 +69,17 @@ def draw(dit: next_dit.LoadedDiT, params, cond: jax.Array, noise: jax.Array, **s
     return solvers.sample_flow(velocity, noise, trajectory=True, **settings)
 
   return jax.jit(run)(params, cond, noise)
+
+
+def per_image(cond: jax.Array, images: int) -> jax.Array:
+  """A condition [B, ...] for `images` = B n pictures: each row n times, as the reference repeats it (spec 3.3).
+
+  Raises:
+    UserError: B does not divide the number of pictures.
+  """
+  if images % len(cond):
+    raise UserError(f"{images} pictures cannot share {len(cond)} conditions; record whole rows")
+  return jnp.repeat(jnp.asarray(cond), images // len(cond), axis=0)
 
 
 def compare_states(rec: Recording, name: str, sample: solvers.FlowSample) -> None:

@@ -41,10 +41,12 @@ def _check_group(rec: Recording, prefix: str, model: Qwen25VL, params: dict) -> 
 
 
 def _images_of(rec: Recording, prefix: str) -> str:
-  """The prefix whose images a batch shows: its own, or the only one that has any."""
+  """The prefix whose images a batch shows: its own, "mm:", or the only one that has any."""
   if f"{prefix}pixel_values" in rec:
     return prefix
   found = [name.removesuffix("pixel_values") for name in rec.names if name.rpartition(":")[2] == "pixel_values"]
+  if "mm:" in found:
+    return "mm:"
   if len(found) != 1:
     raise UserError(f"{rec.path}: the input {prefix + 'pixel_values'!r} is absent; record it")
   return found[0]

@@ -78,8 +78,10 @@ class Recording:
     return content
 
   def weights(self) -> safetensors_io.Reader:
-    """The weights, in the reference's key names."""
-    return safetensors_io.open_weights(self.path / self.fixture.get("weights", "weights.safetensors"))
+    """The weights, in the reference's key names: the named file, its shards, or what else lies in the directory."""
+    path = self.path / self.fixture.get("weights", "weights.safetensors")
+    index = path.with_name(f"{path.name}.index.json")
+    return safetensors_io.open_weights(path if path.exists() else index if index.exists() else self.path)
 
   def setting(self, *names: str) -> Any:
     """An entry of the config. Raises UserError if it is absent."""
@@ -184,12 +186,13 @@ class Recording:
       key: (component, key in its table) -> name in this recording's weights.
       model: the whole, where a backbone is among the components.
     """
-    wanted = {name for name in self._arrays if name.startswith(prefix)}
+    # Newer checkpoints have the language model one level deeper.
+    wanted = {n.replace("language_model.", "", 1): n for n in self._arrays if n.startswith(prefix)}
     for component, tree in grads.items():
       for reference_key, array in convert.to_reference(rules.get(component, model), tree):
         name = prefix + key(component, reference_key)
         if name in wanted:
-          self.compare(name, array, TRAJECTORY)
+          self.compare(wanted[name], array, TRAJECTORY)
 
   def close(self) -> list[Line]:
     """The account, with a miss for every array that nothing asked for, and for a recording that compares nothing."""

@@ -12,7 +12,7 @@ from blip3o_jax.models.autoencoder_dc import AutoencoderDC, AutoencoderDCConfig
 from blip3o_jax.models.sana import Sana, SanaConfig
 from blip3o_jax.porting.rules import blip3o
 from blip3o_jax.porting.safetensors_io import Renamed
-from blip3o_jax.verification.flow_matching import compare_states
+from blip3o_jax.verification.flow_matching import compare_states, per_image
 from blip3o_jax.verification.recording import FORWARD, TRAJECTORY, Recording, load_params, nchw, nhwc, shapes, sown
 
 
@@ -66,7 +66,8 @@ def _call(rec: Recording, sana: Sana, params: Any) -> None:
 def _draw(rec: Recording, sana: Sana, params: Any, solver: DPMSolverConfig) -> jax.Array:
   """The guided loop; compares its steps and returns the last latents."""
   steps, guidance = int(rec.setting("steps")), float(rec.setting("guidance_scale"))
-  cond, noise = rec.input("z_latents"), nhwc(rec.input("sample_init_noise"))
+  noise = nhwc(rec.input("sample_init_noise"))
+  cond = per_image(rec.input("z_latents"), len(noise))
   if guidance != 1:
     cond = np.concatenate([np.broadcast_to(rec.input("null_z_latents"), cond.shape), cond])
   else:

@@ -8,6 +8,7 @@ from blip3o_jax.diffusion.euler_discrete import EulerDiscreteConfig, euler_table
 from blip3o_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from blip3o_jax.models.unet import UNet, UNetConfig
 from blip3o_jax.porting.rules import blip3o
+from blip3o_jax.verification.flow_matching import per_image
 from blip3o_jax.verification.recording import FORWARD, TRAJECTORY, Recording, load_params, nchw, nhwc
 
 
@@ -30,14 +31,17 @@ def check(rec: Recording) -> None:
   # One UNet call, as the loop makes it at its first step: conditional half first (spec 6.3).
   steps, guidance = int(rec.setting("steps")), float(rec.setting("guidance_scale"))
   process = rec.build(EulerDiscreteConfig.from_reference, rec.setting("scheduler"))
-  cond, null = rec.input("cond"), rec.input("null_cond")
   noise = nhwc(rec.input("init_noise"))
+  context = per_image(rec.input("cond"), len(noise))
+  if guidance > 1:
+    context = jnp.concatenate([context, per_image(rec.input("null_cond"), len(noise))])
+  else:
+    rec.skip("null_cond", "without guidance there is no unconditional half")
   tables = euler_tables(process, steps)
   rec.compare("sigmas", tables.sigmas)
   rec.compare("timesteps", tables.timesteps)
   rec.compare("init_noise_sigma", np.float32(tables.init_noise_sigma))
 
-  context = jnp.asarray(np.concatenate([cond, null]) if guidance > 1 else cond)  # no guidance: no second half
   time_ids = jnp.asarray(rec.input("time_ids"), jnp.float32).reshape(-1, 6)
   time_ids = jnp.repeat(time_ids, -(-len(context) // len(time_ids)), axis=0)[: len(context)]
   pooled = jnp.mean(context, axis=1)

@@ -13,8 +13,8 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     {
       "seed": 0,
-      "steps": 12000,
-      "batch_size": 64,
+      "steps": 6000,
+      "batch_size": 128,
       "objective": "generation",
       # 16 tokens of 96 channels say everything several times over: below half noise there is little left to decide.
       "objective_args": {"drop": 0.1, "times": "continuous", "shift": 6.0},
@@ -29,10 +29,11 @@ def get_config() -> ConfigDict:
         "max_length": 40,
         "form": "inference",
         "wording": "release",
+        "cache": True,
       },
       "optimizer": {"name": "muon", "learning_rate": 1.2e-2, "b2": 0.99},
-      "schedule": {"name": "cosine_min", "min_ratio": 0.02, "warmup_steps": 400},
-      "ema_decay": 0.999,
+      "schedule": {"name": "cosine_min", "min_ratio": 0.02, "warmup_steps": 200},
+      "ema_decay": 0.998,
       "compute_dtype": "float32",
       "save_every": 500,
       "log_every": 20,

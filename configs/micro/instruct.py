@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
   config = pretraining()
-  config.steps = 300
+  config.steps = 200
   config.init_from = "runs/micro/generation/model"
   config.data.path = "runs/shapes/instruct"
   config.optimizer.learning_rate = 2e-3

@@ -78,6 +78,13 @@ def test_patches_are_the_convolution():
   assert relative_error(conv, golden.io["act_patch_embed"]) < 1e-4
 
 
+def test_pooling_leaves_out_what_is_no_whole_square():
+  """As torch.nn.functional.avg_pool2d does."""
+  grid = jnp.arange(49.0).reshape(1, 49, 1)
+  whole = np.arange(49.0).reshape(7, 7)[:6, :6].reshape(3, 2, 3, 2).mean(axis=(1, 3))
+  assert np.array_equal(pool(grid, 2)[0, :, 0], whole.ravel())
+
+
 def test_pooling_is_row_major():
   grid = jnp.arange(16.0).reshape(1, 16, 1)
   assert pool(grid, 2)[0, :, 0].tolist() == [2.5, 4.5, 10.5, 12.5]

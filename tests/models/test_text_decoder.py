@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import load_golden, relative_error
 
+from blip3o_jax.errors import UserError
 from blip3o_jax.models.text_decoder import KVCache, TextDecoder, TextDecoderConfig, text_positions
 from blip3o_jax.porting.convert import to_ours, to_reference
 from blip3o_jax.porting.rules.text_decoder import RULES
@@ -96,6 +97,48 @@ def test_weights_round_trip(name):
   assert back.keys() == recording.weights.keys()
   for key, value in recording.weights.items():
     np.testing.assert_array_equal(back[key], value)
+
+
+def test_biases_that_a_checkpoint_has():
+  """Llama's attention_bias and mlp_bias: all seven products of a layer have one, and each bears on the result."""
+  recording = load_golden("llama")
+  added = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+  added += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+  weights, layers = dict(recording.weights), recording.config.get("text_config", recording.config)["num_hidden_layers"]
+  for i in range(layers):
+    for name in added:
+      weights[f"model.layers.{i}.{name}.bias"] = 0.1 * np.ones(
+        len(weights[f"model.layers.{i}.{name}.weight"]), np.float32
+      )
+  cfg = TextDecoderConfig.from_reference(recording.config, {k: v.shape for k, v in weights.items()})
+  assert cfg.qkv_bias and cfg.out_bias and cfg.mlp_bias
+  assert cfg.to_reference()["model_type"] == "llama" and cfg.to_reference()["attention_bias"]
+  model = TextDecoder(cfg)
+  abstract = nn.unbox(jax.eval_shape(lambda: model.init(jax.random.key(0), method="touch")["params"]))
+  params = to_ours(RULES, weights, abstract)
+  assert dict(to_reference(RULES, params)).keys() == weights.keys()
+  tokens = recording.io["right:input_ids"]
+  mask, positions = np.ones(tokens.shape, bool), np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+  hidden = lambda params: run(model, params, run(model, params, tokens, method="embed"), positions, mask).hidden
+  plain = hidden(params)
+  for path in (("attention", "o"), ("mlp", "gate"), ("mlp", "up"), ("mlp", "down")):
+    without = jax.tree.map(lambda x: x, params)
+    without["layers"][path[0]][path[1]]["bias"] = np.zeros_like(params["layers"][path[0]][path[1]]["bias"])
+    assert relative_error(hidden(without), plain) > 1e-3
+
+
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}, "rope_type 'yarn'"),
+    ({"use_sliding_window": True}, "sliding windows"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding windows"),
+  ],
+)
+def test_what_is_not_computed_is_refused(change, words):
+  config = json.loads((load_golden("qwen3").path / "config_flat.json").read_text())
+  with pytest.raises(UserError, match=words):
+    TextDecoderConfig.from_reference(config | change)
 
 
 def test_rows_do_not_depend_on_padding_or_neighbours():

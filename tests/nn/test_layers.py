@@ -81,6 +81,14 @@ def test_upsampling_convolution(dtype, bar):
   assert work[0] < 0.75 * work[1]
 
 
+def test_upsampling_to_an_odd_size():
+  """The picture is cut before the convolution, so that its edge sees zeros."""
+  x, layer = normal(2, 3, 4, 5), UpsampleConv(6, size=(5, 8))
+  params = random_params(layer, x)
+  large = x.repeat(2, axis=1).repeat(2, axis=2)[:, :5]
+  assert relative_error(layer.apply({"params": params}, x), Conv(6).apply({"params": params}, large)) < 1e-5
+
+
 def test_gated_convolution():
   module, x = GLUMBConv(6), normal(1, 3, 3, 4)
   params = random_params(module, x)

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from helpers import GOLDEN
 
 from blip3o_jax import verification
@@ -181,6 +182,41 @@ def test_bad_recordings(tmp_path, small):
   (directory / "fixture.json").write_text("[]")
   with pytest.raises(UserError, match="expected a JSON object"):
     verification.verify([directory])
+
+
+def test_several_pictures_of_one_condition(tmp_path):
+  """Each condition with two starts, as num_images_per_prompt = 2 records them (spec 3.3)."""
+  copy = tmp_path / "flow"
+  shutil.copytree(GOLDEN / "flow", copy)
+  with np.load(copy / "io.npz") as stored:
+    arrays = dict(stored)
+  for name in arrays:
+    if name.startswith("sample_") and arrays[name].ndim == 4:
+      arrays[name] = arrays[name].repeat(2, axis=0)
+  np.savez(copy / "io.npz", **arrays)
+  assert not [str(line) for line in verification.replay(copy) if line.status == "miss"]
+  arrays["sample_init_noise"] = arrays["sample_init_noise"][:-1]
+  np.savez(copy / "io.npz", **arrays)
+  with pytest.raises(UserError, match="cannot share"):
+    verification.replay(copy)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_weights_in_shards(tmp_path, named):
+  """As save_pretrained leaves a large model, whether fixture.json names a file or not."""
+  copy = tmp_path / "llama"
+  shutil.copytree(GOLDEN / "llama", copy)
+  fixture = json.loads((copy / "fixture.json").read_text())
+  whole = safetensors.numpy.load_file(copy / fixture["weights"])
+  (copy / fixture["weights"]).unlink()
+  names = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(sorted(whole))}
+  for shard in set(names.values()):
+    safetensors.numpy.save_file({k: v for k, v in whole.items() if names[k] == shard}, copy / shard)
+  (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+  if not named:
+    del fixture["weights"]
+    (copy / "fixture.json").write_text(json.dumps(fixture))
+  assert not [str(line) for line in verification.replay(copy) if line.status == "miss"]
 
 
 def test_an_incomplete_config_is_an_input_error(tmp_path):

@@ -4,11 +4,13 @@ import dataclasses
 
 from blip3o_jax.porting.convert import Rule
 
+_MLP = ("gate", "up", "down")
 _LAYER = (
   *((f"self_attn.{name}_proj.weight", f"attention/{name}/kernel", "linear") for name in "qkvo"),
-  *((f"self_attn.{name}_proj.bias", f"attention/{name}/bias", "none") for name in "qkv"),
+  *((f"self_attn.{name}_proj.bias", f"attention/{name}/bias", "none") for name in "qkvo"),
   *((f"self_attn.{name}_norm.weight", f"attention/{name}_norm/scale", "none") for name in "qk"),
-  *((f"mlp.{name}_proj.weight", f"mlp/{name}/kernel", "linear") for name in ("gate", "up", "down")),
+  *((f"mlp.{name}_proj.weight", f"mlp/{name}/kernel", "linear") for name in _MLP),
+  *((f"mlp.{name}_proj.bias", f"mlp/{name}/bias", "none") for name in _MLP),
   ("input_layernorm.weight", "input_norm/scale", "none"),
   ("post_attention_layernorm.weight", "post_norm/scale", "none"),
 )
