@@ -2,8 +2,8 @@
 
 blip3o train --config configs/micro/generation.py --workdir runs/micro/generation
 
-One CPU core (AMD EPYC, AVX-512), 2026-11-21: 7179 s, 106 pictures a second, other work beside it. The bundled model had
-6000 steps and then 4500 more at a new rate, 6647 s together on 2026-11-22; the commands are in its model.json.
+Two CPU cores (Intel Xeon), 2026-11-29: 200 pictures a second. The bundled model had 6000 steps of 64 pictures and then
+4500 more at a new rate, 6647 s together on 2026-11-22; the commands are in its model.json.
 """
 
 from ml_collections import ConfigDict
