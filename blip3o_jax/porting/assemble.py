@@ -28,15 +28,24 @@ def join(first: Source, other: Source) -> Source:
   if _can_see_through(other.config(), other) and _has_no_eyes(first.config(), first):
     return _with_eyes(first, other)
   new = {name: found for name, found in other.weights.items() if name not in first.weights}
-  fields = [field for name in new for field in _FIELDS.get(name, (name,))]
-  config = dataclasses.replace(first.config(), **{name: getattr(other.config(), name) for name in fields})
+  # The sizes start from those of the source that has more, whose preset can say all of them.
+  whole, part, names = (
+    (first, other, new) if len(first.weights) >= len(other.weights) else (other, first, first.weights)
+  )
+  known = presets.get(part.preset)
+  changes = {field: getattr(part.config(), field) for name in names for field in _FIELDS.get(name, (name,))}
+  if part is first:  # a UNet that lies without its scheduler knows nothing of the process
+    changes = {field: x for field, x in changes.items() if field in names or x != getattr(known, field)}
   return dataclasses.replace(
     first,
     name=f"{first.name} and {other.name}",
-    overrides=_overrides(first.preset, config),
+    preset=whole.preset,
+    overrides=_overrides(whole.preset, dataclasses.replace(whole.config(), **changes)),
     weights=first.weights | new,
     entries=first.entries | {name: entry for name, entry in other.entries.items() if name in new},
     tokenizer=first.tokenizer or other.tokenizer,
+    preprocessor=first.preprocessor or other.preprocessor,
+    sampling=first.sampling or other.sampling,
     provenance=first.provenance + other.provenance,
   )
 

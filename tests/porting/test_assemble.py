@@ -51,6 +51,18 @@ def test_several_models_become_one(tmp_path):
     convert_model([other, "nowhere"], tmp_path / "x")
 
 
+def test_a_part_that_comes_first_brings_itself_alone(tmp_path):
+  """A UNet alone says nothing of scheduler, text tower or picture size: those are of the model that has them."""
+  whole = open_model("micro")
+  convert_model("micro", tmp_path / "unet", format="safetensors", part="unet")
+  convert_model([tmp_path / "unet", "micro"], tmp_path / "start")
+  start = open_model(tmp_path / "start")
+  assert start.preset == "micro" and set(start.components) == set(whole.components)
+  assert start.config().decoder_process == whole.config().decoder_process
+  assert start.config().text_tower == whole.config().text_tower and start.sampling == whole.sampling
+  assert start.content_hash("unet") == whole.content_hash("unet")
+
+
 def test_qwen3_gets_eyes(tmp_path):
   """Both public checkpoints as they lie; the projector is fresh; EVA-CLIP, which came first, is what is drawn."""
   text, tower, clip = load_golden("qwen3"), load_golden("siglip"), load_golden("eva_clip")
