@@ -1,9 +1,9 @@
 """`blip3o bench data`: how fast samples come, against a plain loop over the same pictures; and cached features.
 
 The plain loop is what anybody would write: a process opens JPEG files one after the other, decodes, resizes and crops
-them with Pillow. The pipeline makes the same pixels, resizing only what the crop keeps, and shuffles, checks, batches
-and moves arrays between processes as well. Both get the same number of processes; they take turns, and the median of
-each is told.
+them with Pillow. The pipeline makes the same pixels up to a rounding, resizing only what the crop keeps, and shuffles,
+checks, batches and moves arrays between processes as well. Both get the same number of processes; they take turns, and
+the median of each is told.
 """
 
 import functools

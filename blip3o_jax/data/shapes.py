@@ -171,21 +171,22 @@ def sample_scene(rng: random.Random, family: str | None = None, held_out: bool =
       return scene
 
 
-def with_unnamed_colours(scene: Scene, rng: random.Random, share: float = 0.5) -> Scene:
-  """The scene with that share of its things in any colour but those that have a name, and unlike any ground.
+_TAKEN = np.array([*COLOURS.values(), *GROUNDS.values()])
+
+
+def with_unnamed_colours(scene: Scene, rng: random.Random) -> Scene:
+  """The scene with about half of its things in any colour but those that have a name, and unlike any ground.
 
   Shapes in such colours, which no prompt can ask for, teach what a shape is whatever its colour.
   """
 
-  taken = np.array([*COLOURS.values(), *GROUNDS.values()])
-
   def colour():
     while True:
       rgb = tuple(rng.randrange(256) for _ in range(3))
-      if np.linalg.norm(taken - rgb, axis=-1).min() > 75:
+      if np.linalg.norm(_TAKEN - rgb, axis=-1).min() > 75:
         return rgb
 
-  things = [dataclasses.replace(t, colour=colour()) if rng.random() < share else t for t in scene.things]
+  things = [dataclasses.replace(t, colour=colour()) if rng.random() < 0.5 else t for t in scene.things]
   return dataclasses.replace(scene, things=tuple(things))
 
 

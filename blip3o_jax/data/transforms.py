@@ -99,10 +99,10 @@ def square(image: Image.Image, size: int, mode: str = "crop") -> np.ndarray:
   short = min(width, height)
   long = tuple(int(size * side / short) for side in image.size)
   corner = tuple(round((side - size) / 2) for side in long)
+  crop = (*corner, *(place + size for place in corner))
   if long == image.size:
-    return np.asarray(image.crop((*corner, corner[0] + size, corner[1] + size)))
+    return np.asarray(image.crop(crop))
   # What the crop would cut off is not computed: the same filter at the same places, a quarter faster. Pillow holds the
-  # corners in float32, so that of 20,000 pixels about one is rounded to the next level.
-  box = [side * place / whole for place, side, whole in zip(corner, image.size, long, strict=True)]
-  box += [min(side, side * (place + size) / whole) for place, side, whole in zip(corner, image.size, long, strict=True)]
-  return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=tuple(box)))
+  # corners in float32, so that of 20,000 values about one is rounded to the next level.
+  box = [min(side, side * place / whole) for place, side, whole in zip(crop, image.size * 2, long * 2, strict=True)]
+  return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))

@@ -32,9 +32,9 @@ def join(first: Source, other: Source) -> Source:
   whole, part, names = (
     (first, other, new) if len(first.weights) >= len(other.weights) else (other, first, first.weights)
   )
-  known = presets.get(part.preset)
   changes = {field: getattr(part.config(), field) for name in names for field in _FIELDS.get(name, (name,))}
   if part is first:  # a UNet that lies without its scheduler knows nothing of the process
+    known = presets.get(part.preset)
     changes = {field: x for field, x in changes.items() if field in names or x != getattr(known, field)}
   return dataclasses.replace(
     first,

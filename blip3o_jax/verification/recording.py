@@ -78,10 +78,12 @@ class Recording:
     return content
 
   def weights(self) -> safetensors_io.Reader:
-    """The weights, in the reference's key names: the named file, its shards, or what else lies in the directory."""
-    path = self.path / self.fixture.get("weights", "weights.safetensors")
+    """The weights, in the reference's key names: the named file or its shards; where none is named, the directory's."""
+    if "weights" not in self.fixture:
+      return safetensors_io.open_weights(self.path)
+    path = self.path / self.fixture["weights"]
     index = path.with_name(f"{path.name}.index.json")
-    return safetensors_io.open_weights(path if path.exists() else index if index.exists() else self.path)
+    return safetensors_io.open_weights(index if index.exists() and not path.exists() else path)
 
   def setting(self, *names: str) -> Any:
     """An entry of the config. Raises UserError if it is absent."""
