@@ -46,7 +46,7 @@ STAGES = {
   "instruct": "the same two, on instructions",
 }
 # What differs from configs/micro for twenty minutes on two CPU cores; --from-scratch takes these as they are.
-QUICK = {"generation": ("steps=1200", "schedule.warmup_steps=150"), "instruct": ("steps=100",)}
+QUICK = {"generation": ("steps=1100", "schedule.warmup_steps=150"), "instruct": ("steps=100",)}
 FROZEN = ("backbone", "clip", "unet", "vae")  # what a model trained by others brings along
 SEEDS_PROMPT = "an orange circle and a purple square"
 TRY_PROMPT = "a purple circle and an orange square"
