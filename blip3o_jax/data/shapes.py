@@ -94,7 +94,7 @@ class Caption:
     elif self.relation:
       words = f"{noun(*self.things[0])} {self.relation} {noun(*self.things[1])}"
     else:
-      words = " and ".join(noun(shape, colour) for shape, colour in self.things)
+      words = join([noun(shape, colour) for shape, colour in self.things])
     return words + (f" on a {self.ground} background" if self.ground else "")
 
   @property

@@ -17,6 +17,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from blip3o_jax.data import shapes, shapes_questions, tars, templates
 from blip3o_jax.data.tokenizer import QWEN, train_tokenizer
 from blip3o_jax.errors import UserError
 
-VERSION = 7  # of what is drawn: another version is another corpus
+VERSION = 8  # of what is drawn: another version is another corpus
 MANIFEST = "manifest.json"
 VOCABULARY = 640  # entries of the tokenizer, as in the preset "micro"
 
@@ -41,7 +42,7 @@ def make_shapes(
   pretrain: int = 40_000,
   instruct: int = 4_000,
   understanding: int = 40_000,
-  text_only: int = 8_000,
+  text_only: int = 40_000,
   held_out: int = 1_000,
   shard_size: int = 5_000,
 ) -> Path:
@@ -163,7 +164,8 @@ def _write_understanding(folder: Path, seed: int, pictures: int, text_only: int,
 
 @functools.cache
 def tokenizer_texts() -> list[str]:
-  """Texts that hold every word of the built-in world and of the chat templates, to train a tokenizer on."""
+  """Every word of the built-in world and of the chat templates once, with a space in front where it has one, to train a
+  tokenizer on: one that depends on the words alone, and so stays the same when what is asked about them changes."""
   rng = _rng(0, "tokenizer", 0)
   texts = {QWEN.message("system", templates.SYSTEM), "user\n", "assistant\n", templates.RECONSTRUCT}
   for _ in range(2000):
@@ -174,7 +176,7 @@ def tokenizer_texts() -> list[str]:
   texts |= {
     wording.format(caption=f"{number} circle") for wording in templates.WORDINGS.values() for number in shapes.NUMBERS
   }
-  return sorted(texts)
+  return sorted({word for text in texts for word in re.findall(r" ?[^\W\d_]+", text)})
 
 
 def _row(turns: list[tuple[str, str]], image: str | None) -> dict:

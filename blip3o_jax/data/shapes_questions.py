@@ -174,11 +174,16 @@ def _about_caption(rng: random.Random) -> list[tuple[str, str]]:
 
 
 def sample_caption(rng: random.Random) -> Caption:
-  """A caption of the training language; some relations carry colours, which the six families never do."""
-  family = rng.choice(FAMILIES)
+  """A caption of the training language. Beyond the six families: relations with colours, and lists of any objects, of
+  which some have a colour, so that a word is learnt as one among many others."""
+  if rng.random() < 0.3:
+    scene = sample_scene(rng)
+    things = tuple((t.shape, t.colour if rng.random() < 0.7 else None) for t in scene.things)
+    return Caption("list", things, ground=scene.ground if rng.random() < 0.4 else None)
+  family = rng.choice((*FAMILIES, "position", "color_attr"))
   scene = sample_scene(rng, family)
   caption = caption_of(scene, family, rng)
-  if family == "position" and rng.random() < 0.3:
+  if family == "position" and rng.random() < 0.5:
     colours = {t.shape: t.colour for t in scene.things}
     caption = dataclasses.replace(caption, things=tuple((shape, colours[shape]) for shape, _ in caption.things))
   return caption
@@ -217,21 +222,24 @@ def _changed(caption: Caption, rng: random.Random) -> Caption:
     return dataclasses.replace(caption, things=caption.things[:1] * n)
   if caption.relation and rng.random() < 0.6:
     return dataclasses.replace(caption, relation=INVERSE[caption.relation])
-  if colour and rng.random() < 0.7:
+  others = [name for name in SHAPES if name not in [s for s, _ in caption.things]]
+  if (colour and rng.random() < 0.7) or not others:
     colour = rng.choice([name for name in COLOURS if name != colour])
   else:
-    shape = rng.choice([name for name in SHAPES if name not in [s for s, _ in caption.things]])
+    shape = rng.choice(others)
   return dataclasses.replace(caption, things=((shape, colour), *rest))
 
 
 def _asked_colour(caption, rng):
   shape, colour = rng.choice(caption.things)
-  return colour and (f"what colour is the {shape}?", colour)
+  alone = sum(s == shape for s, _ in caption.things) == 1
+  return colour and alone and (f"what colour is the {shape}?", colour)
 
 
 def _asked_shape(caption, rng):
   shape, colour = rng.choice(caption.things)
-  return colour and (f"which shape is {colour}?", shape)
+  alone = sum(c == colour for _, c in caption.things) == 1
+  return colour and alone and (f"which shape is {colour}?", shape)
 
 
 def _asked_count(caption, rng):

@@ -144,6 +144,25 @@ def load_tokenizer(folder) -> Tokenizer:
     raise UserError(f"the tokenizer at {folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
+def require_same(first, second) -> None:
+  """That no number means one token in the tokenizer of folder `first` and another in that of `second`.
+
+  Raises:
+    UserError: one does, so that weights which learned the one would read nonsense through the other.
+  """
+  files = [Path(folder, "tokenizer.json") for folder in (first, second)]
+  if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
+    return
+  ours, theirs = ({i: word for word, i in load_tokenizer(f).backend.get_vocab().items()} for f in (first, second))
+  other = [i for i in sorted(ours) if theirs.get(i, ours[i]) != ours[i]]
+  if other:
+    i = other[0]
+    raise UserError(
+      f"the tokenizers {first} and {second} differ in {len(other)} tokens (number {i} is {ours[i]!r} in one and "
+      f"{theirs[i]!r} in the other); weights that learned one cannot read the other, so give them their own"
+    )
+
+
 def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
   """A byte-level BPE of exactly `size` entries: every byte, then the commonest pairs of `texts`, then special tokens.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from blip3o_jax.data.tokenizer import require_same
 from blip3o_jax.models import presets
 from blip3o_jax.models.blip3o import Blip3oConfig
 from blip3o_jax.models.qwen3_siglip import Qwen3SiglipConfig
@@ -24,7 +25,12 @@ def join(first: Source, other: Source) -> Source:
   """`first` with the parts that only `other` has, and their sizes.
 
   SigLIP beside Qwen3 alone becomes its understanding tower (spec 8), behind a fresh projector.
+
+  Raises:
+    UserError: they read text through different tokenizers.
   """
+  if first.tokenizer and other.tokenizer:
+    require_same(first.tokenizer_dir(), other.tokenizer_dir())
   if _can_see_through(other.config(), other) and _has_no_eyes(first.config(), first):
     return _with_eyes(first, other)
   new = {name: found for name, found in other.weights.items() if name not in first.weights}

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from blip3o_jax.data import features, pipeline
-from blip3o_jax.data.tokenizer import load_tokenizer
+from blip3o_jax.data.tokenizer import load_tokenizer, require_same
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.blip3o import Blip3oConfig
 from blip3o_jax.porting.locate import open_model
@@ -31,8 +31,8 @@ def open_loader(config: ConfigDict, architecture: Blip3oConfig) -> Callable[[int
   """A function from a step to this process's part of the batches from there on; all that is wrong is found here.
 
   Raises:
-    UserError: missing data or tokenizer, on any process; cached features of another encoder than init_from has;
-      conversations for a backbone that sees no pictures.
+    UserError: missing data or tokenizer, on any process; another tokenizer than init_from has, or cached features of
+      another encoder; conversations for a backbone that sees no pictures.
   """
   configs, reading = pipeline.parse(config.data.to_dict())
   groups, error = [], None
@@ -65,6 +65,8 @@ def preparation(config: ConfigDict, architecture: Blip3oConfig) -> dict[str, Any
   """
   source = open_model(config.init_from) if config.init_from else None
   folder = tokenizer_dir(config, source)
+  if config.tokenizer and source and source.tokenizer:
+    require_same(folder, source.tokenizer_dir())
   for group in pipeline.parse(config.data.to_dict())[0].values():
     if group.task == "features":
       weights = source.content_hash("clip") if source and "clip" in source.components else None

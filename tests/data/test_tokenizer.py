@@ -7,7 +7,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from blip3o_jax.data import shapes_corpus, templates
-from blip3o_jax.data.tokenizer import IMAGE_TOKENS, LLAMA, QWEN_TOKENS, load_tokenizer, train_tokenizer
+from blip3o_jax.data.tokenizer import IMAGE_TOKENS, LLAMA, QWEN_TOKENS, load_tokenizer, require_same, train_tokenizer
 from blip3o_jax.errors import UserError
 
 
@@ -71,6 +71,28 @@ def test_deterministic_and_saved(trained, tmp_path):
   assert (
     load_tokenizer(tmp_path).encode(text) == trained.encode(text) == pickle.loads(pickle.dumps(trained)).encode(text)
   )
+
+
+def test_another_numbering_is_found(trained, tmp_path):
+  """One with more tokens behind is the same to weights that know the first ones; one with other words is not."""
+  trained.save(tmp_path / "a")
+  stored = json.loads(trained.backend.to_str())
+  more = {"id": 640, "content": "<|more|>", "special": True}
+  more |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+  (tmp_path / "b").mkdir()
+  (tmp_path / "b" / "tokenizer.json").write_text(json.dumps(stored | {"added_tokens": [*stored["added_tokens"], more]}))
+  train_tokenizer(["a yellow square"], 640).save(tmp_path / "c")
+  for other in ("a", "b"):
+    require_same(tmp_path / "a", tmp_path / other)
+    require_same(tmp_path / other, tmp_path / "a")
+  with pytest.raises(UserError, match=r"differ in \d+ tokens \(number 256 is '.*' in one and '.*' in the other\)"):
+    require_same(tmp_path / "a", tmp_path / "c")
+
+
+def test_the_tokenizer_depends_on_the_words_alone():
+  """So that weights and corpora of different versions of the world still speak one language."""
+  words = shapes_corpus.tokenizer_texts()
+  assert len(words) == len(set(words)) and all(re.fullmatch(r" ?[A-Za-z]+", word) for word in words)
 
 
 def test_transformers_reads_it(trained, tmp_path):

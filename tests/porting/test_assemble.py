@@ -51,6 +51,17 @@ def test_several_models_become_one(tmp_path):
     convert_model([other, "nowhere"], tmp_path / "x")
 
 
+def test_models_that_read_different_tokens_do_not_become_one(tmp_path):
+  train_tokenizer(["a yellow square"], VOCABULARY).save(tmp_path / "tokenizer")
+  vae = {"vae": tiny.params()["vae"]}
+  changed = model_dir.write(
+    tmp_path / "other", preset="micro", overrides=tiny.OVERRIDES, params=vae, tokenizer_dir=tmp_path / "tokenizer"
+  )
+  with pytest.raises(UserError, match=r"tokenizers .* differ in .* weights that learned one cannot read the other"):
+    convert_model([changed, "micro"], tmp_path / "start")
+  assert not (tmp_path / "start").exists()
+
+
 def test_a_part_that_comes_first_brings_itself_alone(tmp_path):
   """A UNet alone says nothing of scheduler, text tower or picture size: those are of the model that has them."""
   whole = open_model("micro")

@@ -12,7 +12,10 @@ import sharded
 import tiny
 
 from blip3o_jax.data import shapes_corpus
+from blip3o_jax.data.tokenizer import train_tokenizer
 from blip3o_jax.errors import UserError
+from blip3o_jax.models import presets
+from blip3o_jax.porting.locate import open_model
 from blip3o_jax.training import feed, trainer
 from blip3o_jax.training.defaults import default_config
 
@@ -41,6 +44,17 @@ def test_siglip_says_how_large_pictures_are():
 
 def test_llama_sees_no_pictures():
   assert asked_for("generation", "llama")["pictures"] is None
+
+
+def test_a_tokenizer_that_the_weights_do_not_know_is_refused(tmp_path):
+  train_tokenizer(["a yellow square"], 640).save(tmp_path)
+  config = default_config()
+  config.init_from, config.tokenizer = "micro", str(tmp_path)
+  config.data.task, config.data.path = "generation", "shards"
+  with pytest.raises(UserError, match=r"tokenizers .* differ in .* weights that learned one cannot read the other"):
+    feed.preparation(config, presets.get("micro"))
+  config.tokenizer = str(open_model("micro").tokenizer_dir())
+  assert len(feed.preparation(config, presets.get("micro"))["tokenizer"]) == 640
 
 
 VAE_FLOW = sharded.OVERRIDES | {"design": "vae_flow"}
