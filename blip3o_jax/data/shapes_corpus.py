@@ -2,7 +2,7 @@
 
   contrastive/  tar shards of NNNNNN.jpg + NNNNNN.txt: captions that say everything, and family captions; many things
                 in colours without a name
-  pretrain/     tar shards: family captions
+  pretrain/     tar shards: two family captions to one that says everything, of things often in unnamed colours
   instruct/     tar shards: fewer, the six families in turn
   understanding/images/*.jpg, questions.jsonl   conversations, some without a picture
   understanding/heldout.jsonl                   questions about pictures never trained on
@@ -29,7 +29,7 @@ from blip3o_jax.data import shapes, shapes_questions, tars, templates
 from blip3o_jax.data.tokenizer import QWEN, train_tokenizer
 from blip3o_jax.errors import UserError
 
-VERSION = 8  # of what is drawn: another version is another corpus
+VERSION = 9  # of what is drawn: another version is another corpus
 MANIFEST = "manifest.json"
 VOCABULARY = 640  # entries of the tokenizer, as in the preset "micro"
 
@@ -39,7 +39,7 @@ def make_shapes(
   *,
   seed: int = 0,
   contrastive: int = 30_000,
-  pretrain: int = 40_000,
+  pretrain: int = 60_000,
   instruct: int = 4_000,
   understanding: int = 40_000,
   text_only: int = 40_000,
@@ -66,7 +66,7 @@ def make_shapes(
   try:
     for name, count, sample in [
       ("contrastive", contrastive, _contrastive),
-      ("pretrain", pretrain, _family),
+      ("pretrain", pretrain, _pretrain),
       ("instruct", instruct, _family_in_turn),
     ]:
       if count:
@@ -92,13 +92,23 @@ def _rng(seed: int, name: str, index: int) -> random.Random:
 def _contrastive(rng: random.Random, index: int) -> tuple[shapes.Scene, str]:
   """Three captions of four say everything (two of them with places), one is that of a family. Where a caption has to
   name colours, all have a name; of the other things about half."""
-  if index % 4 == 3:
-    family = rng.choice(shapes.FAMILIES)
-    scene, caption = _family(rng, index, family)
-    return scene if family in ("colors", "color_attr") else shapes.with_unnamed_colours(scene, rng), caption
+  if index % 4 < 3:
+    return _everything(rng, places=index % 4 < 2)
+  family = rng.choice(shapes.FAMILIES)
+  scene, caption = _family(rng, index, family)
+  return scene if family in ("colors", "color_attr") else shapes.with_unnamed_colours(scene, rng), caption
+
+
+def _pretrain(rng: random.Random, index: int) -> tuple[shapes.Scene, str]:
+  """Short captions and long ones, as the paper has them: what is said of many things, and of things in any colour, keeps
+  the few combinations of the short ones from being learnt by heart."""
+  return _family(rng, index) if index % 3 else _everything(rng, places=index % 2 == 0)
+
+
+def _everything(rng: random.Random, places: bool) -> tuple[shapes.Scene, str]:
   scene = shapes.sample_scene(rng, rng.choice((*shapes.FAMILIES, None, None, None, None)))
   scene = shapes.with_unnamed_colours(scene, rng)
-  return scene, shapes.dense_caption(scene, places=index % 4 < 2, ground=rng.random() < 0.75)
+  return scene, shapes.dense_caption(scene, places, ground=rng.random() < 0.75)
 
 
 def _family(rng: random.Random, index: int, family: str | None = None) -> tuple[shapes.Scene, str]:

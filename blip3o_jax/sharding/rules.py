@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 # Activations: the batch over everything that is not `tensor`.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
   ("batch", ("slice", "data", "fsdp")),
+  ("looked_up", ("slice", "data")),  # tokens whose embeddings are cut over `fsdp`
   ("length", None),
   ("act_embed", None),
   ("act_mlp", "tensor"),
