@@ -100,8 +100,8 @@ def _contrastive(rng: random.Random, index: int) -> tuple[shapes.Scene, str]:
 
 
 def _pretrain(rng: random.Random, index: int) -> tuple[shapes.Scene, str]:
-  """Short captions and long ones, as the paper has them: what is said of many things, and of things in any colour, keeps
-  the few combinations of the short ones from being learnt by heart."""
+  """Short captions and long ones, as the paper has them: what is said of many things, and of things in any colour,
+  keeps the few combinations of the short ones from being learnt by heart."""
   return _family(rng, index) if index % 3 else _everything(rng, places=index % 2 == 0)
 
 

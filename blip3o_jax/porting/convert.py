@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax.errors import UserError
+from blip3o_jax.porting.layouts import to_ours_array, to_reference_array
 from blip3o_jax.porting.safetensors_io import Spec, Stored, pieces, spec, stream, tell
 from blip3o_jax.sharding.distributed import whole
 from blip3o_jax.types import Params
@@ -34,7 +35,7 @@ class Rule:
       path ("down_{i}_resnet_{j}/conv1/kernel"); the others become leading stacked axes, in the order of the source.
       A tuple of paths: the key holds that many equal pieces along its first axis (a fused qkv). None: the key is
       knowingly left out.
-    transform: name in TRANSFORMS, "linear", "conv", ... (an argument follows a colon: "patch_conv:4").
+    transform: name in layouts.TRANSFORMS, "linear", "conv", ... (an argument follows a colon: "patch_conv:4").
     aliases: other spellings of `source` that are read but never written. A tuple of keys is concatenated along the
       first axis, with None for zeros as large as its first member (EVA-CLIP's q_bias and v_bias without k_bias).
     optional: the key is passed over where the model has no such parameter (the head of a model with tied embeddings).
@@ -55,65 +56,6 @@ class Rule:
     """Placeholders that become leading axes."""
     named = set(_HOLE.findall("".join(self.targets)))
     return tuple(hole for hole in _HOLE.findall(self.source) if hole not in named)
-
-
-def _square_patch(rows: int, per_pixel: int) -> int:
-  side = round((rows / per_pixel) ** 0.5)
-  if side * side * per_pixel != rows:
-    raise ValueError(f"{rows} rows are not a square patch of {per_pixel} numbers a pixel")
-  return side
-
-
-def _patch_conv_inverse(x: np.ndarray, channels: int = 3) -> np.ndarray:
-  side = _square_patch(x.shape[0], channels)
-  return x.reshape(side, side, channels, -1).transpose(3, 2, 0, 1)
-
-
-def _patch_conv3d_inverse(x: np.ndarray, channels: int = 3, frames: int = 2) -> np.ndarray:
-  side = _square_patch(x.shape[0], channels * frames)
-  return x.T.reshape(-1, channels, frames, side, side)
-
-
-def _channels_first_inverse(x: np.ndarray, channels: int = 3) -> np.ndarray:
-  side = _square_patch(x.shape[0], channels)
-  return x.T.reshape(-1, channels, side, side)
-
-
-# name -> (reference array -> ours, ours -> reference), both on one layer's array.
-TRANSFORMS: dict[str, tuple[Callable, Callable]] = {
-  "none": (lambda x: x, lambda x: x),
-  # [out, in] <-> [in, out]
-  "linear": (lambda x: x.T, lambda x: x.T),
-  # [out, in, kh, kw] <-> [kh, kw, in, out]
-  "conv": (lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),
-  # [out, in, 1, 1] <-> [in, out]
-  "conv1x1_linear": (lambda x: x.reshape(x.shape[:2]).T, lambda x: x.T[:, :, None, None]),
-  # [out, in, k, k] <-> [k * k * in, out]: patches flattened (row, column, channel), as a reshape of NHWC gives them
-  "patch_conv": (lambda x, c=3: x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0]), _patch_conv_inverse),
-  # [out, in, k, k] <-> [in * k * k, out]: patches flattened (channel, row, column)
-  "patch_conv_channels_first": (lambda x, c=3: x.reshape(x.shape[0], -1).T, _channels_first_inverse),
-  # [out, in, t, k, k] <-> [in * t * k * k, out]: Qwen2.5-VL's patches (channel, frame, row, column)
-  "patch_conv3d": (lambda x, c=3, t=2: x.reshape(x.shape[0], -1).T, _patch_conv3d_inverse),
-  # [1, ...] <-> [...] and [1, 1, ...] <-> [...]
-  "squeeze": (lambda x: x.reshape(x.shape[1:]), lambda x: x[None]),
-  "squeeze2": (lambda x: x.reshape(x.shape[2:]), lambda x: x[None, None]),
-}
-
-
-def _transform(name: str, direction: int) -> Callable:
-  name, *arguments = name.split(":")
-  function = TRANSFORMS[name][direction]
-  return functools.partial(lambda *more, x: function(x, *more), *map(int, arguments))
-
-
-def to_ours_array(transform: str, x: np.ndarray) -> np.ndarray:
-  """One reference array in our layout (a view where numpy can give one)."""
-  return _transform(transform, 0)(x=x)
-
-
-def to_reference_array(transform: str, x: np.ndarray) -> np.ndarray:
-  """One of our arrays (one layer of it) in the reference's layout."""
-  return _transform(transform, 1)(x=x)
 
 
 # ---- names ----

@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
         "task": "generation",
         "path": "runs/shapes/pretrain",
         "image_size": 64,
-        "max_length": 40,
+        "max_length": 60,
         "form": "inference",
         "wording": "release",
         "cache": True,
