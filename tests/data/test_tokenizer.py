@@ -1,5 +1,6 @@
 import json
 import pickle
+import random
 import re
 
 import pytest
@@ -89,10 +90,12 @@ def test_another_numbering_is_found(trained, tmp_path):
     require_same(tmp_path / "a", tmp_path / "c")
 
 
-def test_the_tokenizer_depends_on_the_words_alone():
+def test_the_tokenizer_depends_on_the_words_alone(monkeypatch):
   """So that weights and corpora of different versions of the world still speak one language."""
   words = shapes_corpus.tokenizer_texts()
   assert len(words) == len(set(words)) and all(re.fullmatch(r" ?[A-Za-z]+", word) for word in words)
+  monkeypatch.setattr(shapes_corpus, "_rng", lambda *args: random.Random("other sentences"))
+  assert shapes_corpus.tokenizer_texts.__wrapped__() == words
 
 
 def test_transformers_reads_it(trained, tmp_path):

@@ -157,14 +157,13 @@ def test_reconstruct_and_features(model, picture, tmp_path):
 
 def test_answers(model, picture):
   """A batch with and without pictures answers each as alone; the picture is read."""
-  red, question = Image.new("RGB", picture.size, (200, 30, 20)), "what colour is the circle?"
-  words = model.answer([picture, None, red], [question, "is red a colour?", question], max_new_tokens=4)
+  blue, question = Image.new("RGB", picture.size, (0, 0, 255)), "what colour is the circle?"
+  words = model.answer([picture, None, blue], [question, "is red a colour?", question], max_new_tokens=4)
   assert len(words) == 3 and all(isinstance(w, str) for w in words)
   assert words[0] == model.chat(ask(picture, f"\n{question}"), max_new_tokens=4)
   assert words[1] == model.chat("is red a colour?", max_new_tokens=4)
-  assert words[2] == model.chat(ask(red, "\n", question), max_new_tokens=4)
-  plain = [Image.new("RGB", picture.size, rgb) for rgb in ((0, 0, 0), (255, 255, 255), (0, 0, 255), (0, 255, 0))]
-  assert len({*words, *model.answer(plain, [question] * 4, max_new_tokens=4)} - {words[1]}) > 1
+  assert words[2] == model.chat(ask(blue, "\n", question), max_new_tokens=4)
+  assert words[0] != words[2]
   assert model.answer([], []) == []
 
 
