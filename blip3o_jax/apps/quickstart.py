@@ -48,8 +48,8 @@ STAGES = {
 # What differs from configs/micro for twenty minutes on two CPU cores; --from-scratch takes these as they are. Short
 # captions alone: long ones pay off later.
 QUICK = {
-  "generation": ("steps=1100", "schedule.warmup_steps=150", "data.path=runs/shapes/instruct", "data.max_length=40"),
-  "instruct": ("steps=100", "data.max_length=40"),
+  "generation": ("steps=1350", "schedule.warmup_steps=150", "data.path=runs/shapes/instruct", "data.max_length=40"),
+  "instruct": ("steps=60", "data.max_length=40"),
 }
 UNUSED = ("contrastive", "pretrain", "understanding", "text_only")  # corpora
 FROZEN = ("backbone", "clip", "unet", "vae")  # what a model trained by others brings along

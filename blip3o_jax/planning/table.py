@@ -1,14 +1,14 @@
 """`blip3o plan --table DIR`: the jobs of the paper on every chip at 8, 64 and 256 chips, a compile a cell.
 
-A cell is kept as DIR/CELL.json as soon as it is known, so the command can be stopped and called again; DIR/table.md and
-DIR/scaling.svg show what is there. Weak scaling: every cell has the same number of images a chip.
+A cell is kept as DIR/CELL.json as soon as it is known, so the command can be stopped and called again; one of another
+config or compiler is made anew. DIR/table.md and DIR/scaling.svg show what is there. Weak scaling: every cell has the
+same number of images a chip.
 """
 
 import dataclasses
 import datetime
 import hashlib
 import html
-import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from blip3o_jax.data.outputs import write_atomically
 from blip3o_jax.errors import UserError
-from blip3o_jax.planning import plan
+from blip3o_jax.planning import plan, topology
 from blip3o_jax.training.config import load_config
 
 CHIPS = (8, 64, 256)
@@ -63,22 +63,23 @@ def run(directory: Path, configs: Path, only: Sequence[str] = ()) -> None:
   wanted = [cell for cell in cells() if not only or {cell, cell.split(":")[0]} & set(only)]
   if unknown := set(only) - {cell.split(":")[0] for cell in cells()} - set(cells()):
     raise UserError(f"{min(unknown)} is no cell; cells are ROW:CHIP:COUNT, such as {cells()[0]}")
+  versions = {"jax": jax.__version__, "libtpu": topology.compiler()}
   for cell in wanted:
-    path = directory / f"{cell.replace(':', '-')}.json"
     config = cell_config(cell, configs)
-    stamp = _stamp(config)
-    if path.exists() and json.loads(path.read_text())["config"] == stamp:
+    row, generation, chips = _parts(cell)
+    name = f"{generation}:{SHAPES[generation][CHIPS.index(chips)]}"
+    program = versions | {"config": _stamp(config), "job": row.job, "topology": name}
+    same = {key: record for key, record in read(directory).items() if program.items() <= record["made"].items()}
+    if cell in same:
       continue
     print(f"{cell} ...", flush=True)
-    row, generation, chips = _parts(cell)
-    found = plan.make(config, f"{generation}:{SHAPES[generation][CHIPS.index(chips)]}", job=row.job, advise=False)
-    made = {
-      "jax": jax.__version__,
-      "libtpu": importlib.metadata.version("libtpu"),
-      "date": datetime.date.today().isoformat(),
-    }
-    content = plan.record(found) | {"cell": cell, "config": stamp, "made": made}
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    if same:  # rows that differ in their data alone
+      content = next(iter(same.values()))
+    else:
+      found = plan.make(config, name, job=row.job, advise=False)
+      content = plan.record(found) | {"made": program | {"date": datetime.date.today().isoformat()}}
+    text = json.dumps(content | {"cell": cell}, indent=1) + "\n"
+    write_atomically(directory / f"{cell.replace(':', '-')}.json", text.encode())
     print(f"{cell}  {_words(content)}", flush=True)
   known = read(directory)
   write_atomically(directory / "table.md", markdown(known).encode())
@@ -134,7 +135,10 @@ def markdown(known: Mapping[str, Mapping[str, Any]]) -> str:
       if any(found):
         words = " | ".join(_words(record) if record else "" for record in found)
         lines.append(f"| {row.title}, {row.images} | {generation} | {words} |")
-  return "\n".join([*lines, "", f"{plan.CAVEAT} No fit is told by what is missing on each chip."]) + "\n"
+  makers = sorted({f"libtpu {r['made']['libtpu']} with jax {r['made']['jax']}" for r in known.values()})
+  dates = sorted(r["made"]["date"] for r in known.values())
+  made = f"Made by {', '.join(makers)}, {dates[0]} to {dates[-1]}. " if dates else ""
+  return "\n".join([*lines, "", f"{made}{plan.CAVEAT} No fit is told by what is missing on each chip."]) + "\n"
 
 
 def _words(record: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ A name is GENERATION:SHAPE in chips, as Google Cloud writes shapes: v5e:16x16, v
 
 import contextlib
 import dataclasses
-import importlib.util
+import importlib.metadata
 import math
 import os
 import re
@@ -95,12 +95,19 @@ def get(name: str, slices: int = 1) -> Topology:
     raise UserError(f"topology {name!r} is unknown; the names are GENERATION:SHAPE, one of {known()}")
   if slices < 1:
     raise UserError(f"--slices is {slices}; there is at least one")
-  if importlib.util.find_spec("libtpu") is None:
-    raise UserError("planning needs libtpu, the TPU compiler, and no TPU: pip install 'jax[tpu]'")
+  compiler()
   devices = _describe(name, chip, slices).devices
   if len(devices) != slices * math.prod(map(int, re.findall(r"\d+", shape))):
     raise RuntimeError(f"libtpu describes {name} with {len(devices)} devices")
   return Topology(name, slices, chip, tuple(devices))
+
+
+def compiler() -> str:
+  """The version of libtpu, the compiler. Raises UserError where it is not installed."""
+  try:
+    return importlib.metadata.version("libtpu")
+  except importlib.metadata.PackageNotFoundError:
+    raise UserError("planning needs libtpu, the TPU compiler, and no TPU: pip install 'jax[tpu]'") from None
 
 
 def _describe(name: str, chip: Chip, slices: int):

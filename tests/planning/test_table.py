@@ -18,16 +18,19 @@ def test_cells_are_kept_and_old_ones_made_again(tmp_path, monkeypatch, capsys):
   record = json.loads((KEPT / "pretrain-8b-v5e-64.json").read_text())
   made = []
   monkeypatch.setattr(plan, "make", lambda config, name, **_: made.append((config.batch_size, name)) or config)
-  monkeypatch.setattr(plan, "record", lambda found: {k: v for k, v in record.items() if k not in ("cell", "config")})
-  cells = ["pretrain-8b:v5e:64", "pretrain-8b:v4:256"]
+  monkeypatch.setattr(plan, "record", lambda found: {k: v for k, v in record.items() if k not in ("cell", "made")})
+  cells = ["pretrain-8b:v5e:64", "pretrain-8b:v4:256", "instruct-8b:v5e:64"]
   table.run(tmp_path, ROOT / "configs", cells)
-  assert made == [(512, "v5e:8x8"), (2048, "v4:4x8x8")]
+  assert made == [(512, "v5e:8x8"), (2048, "v4:4x8x8")]  # instruction tuning is the same program on other data
+  assert set(table.read(tmp_path)) == set(cells)
   table.run(tmp_path, ROOT / "configs", cells)
   assert len(made) == 2  # nothing to do
-  path = tmp_path / "pretrain-8b-v5e-64.json"
-  path.write_text(json.dumps(json.loads(path.read_text()) | {"config": "another"}))
-  table.run(tmp_path, ROOT / "configs", cells)
-  assert made[2:] == [(512, "v5e:8x8")]
+  path = tmp_path / "pretrain-8b-v4-256.json"
+  for count, old in enumerate(("config", "libtpu", "jax"), start=3):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"made": content["made"] | {old: "another"}}))
+    table.run(tmp_path, ROOT / "configs", cells)
+    assert made[2:] == [(2048, "v4:4x8x8")] * (count - 2)
   shown = (tmp_path / "table.md").read_text()
   assert "| pretraining 8B, 8 | v5e |" in shown and "not measured speeds" in shown and "4B" not in shown
   assert "polyline" in (tmp_path / "scaling.svg").read_text()
@@ -36,7 +39,8 @@ def test_cells_are_kept_and_old_ones_made_again(tmp_path, monkeypatch, capsys):
 
 
 def test_a_cell_that_does_not_fit_says_by_how_much():
-  record = {"fits": False, "short_bytes": 3 * 2**30, "programs": []}
+  made = {"libtpu": "0.1", "jax": "0.11", "date": "2026-11-29"}
+  record = {"fits": False, "short_bytes": 3 * 2**30, "programs": [], "made": made}
   assert "no fit, 3.0 GiB short" in table.markdown({"pretrain-8b:v5e:8": record})
 
 

@@ -1,5 +1,6 @@
 """Names of slices, and abstract devices as the real ones will be."""
 
+import importlib.metadata
 import subprocess
 import sys
 
@@ -17,7 +18,10 @@ def test_an_unknown_name_lists_the_known_ones(name):
 
 
 def test_without_the_compiler_one_line_says_what_to_install(monkeypatch):
-  monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+  def version(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+  monkeypatch.setattr(topology.importlib.metadata, "version", version)
   with pytest.raises(UserError, match=r"pip install 'jax\[tpu\]'"):
     topology.get("v5e:2x2")
 
