@@ -24,10 +24,9 @@ from blip3o_jax.planning.programs import Program
 from blip3o_jax.planning.topology import Topology
 
 _BF16, _F32 = 2, 4
-_CODE = 110 * 2**20  # of a training step
-# A layer's weights are there once as they are gathered. Where a chip's part is no multiple of 4 rows, they
-# come in another layout and are copied, with the next ones already on their way.
-_TILE, _RELAID = 4, 2.5
+_CODE = {"train": 110 * 2**20, "generate": 320 * 2**20, "cache-features": 16 * 2**20}
+# While a layer's weights are used, those of the next one are gathered, and some are copied into another layout.
+_GATHERED = 2.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,8 @@ def estimate(config: ConfigDict, where: Topology, job: str, found: list[Program]
   rows = config.batch_size / parts / (mesh.size // mesh.shape["tensor"])
   shapes = _Shapes(config, cfg, params, mesh, rows)
   phases = {"train": shapes.training, "generate": shapes.drawing, "cache-features": lambda: [shapes.encoder()]}[job]()
-  memory = {"arguments": max(cost.device_bytes(p.arguments) for p in found), "temporaries": max(phases), "code": _CODE}
+  arguments = max(cost.device_bytes(p.arguments) for p in found)
+  memory = {"arguments": arguments, "temporaries": max(phases), "code": _CODE[job]}
   compute = sum(sum(p.flops.values()) for p in found) * config.batch_size / mesh.size / where.chip.flops
   wires = shapes.sent(job) / where.chip.ici_bandwidth, shapes.sent_between_slices(job) / where.chip.dcn_bandwidth
   return Estimate(memory, max(compute, *(seconds * parts for seconds in wires)))
@@ -86,12 +86,10 @@ class _Shapes:
     """What is held of one layer's weights, or sent of all layers', gathered over fsdp in the compute dtype."""
     if self.mesh.shape["fsdp"] == 1 or component not in self.params:
       return 0.0
-    dims = {"backbone": self.text.dim, "dit": self.cfg.dit.dim, "clip": self.cfg.clip.width}
-    whole = dims.get(component, 0) / self.mesh.shape["fsdp"] % _TILE == 0
     leaves = flatten_dict(self.params[component])
     stacked = [x for path, x in leaves.items() if "layers" in path and "vision" not in path]
     count = sum(math.prod(x.shape) / (x.shape[0] if layer else 1) for x in stacked)
-    return _BF16 * count / self.mesh.shape["tensor"] * (_RELAID if layer and not whole else 1)
+    return _BF16 * count / self.mesh.shape["tensor"] * (_GATHERED if layer else 1)
 
   def wide(self, tokens: int, *widths: float) -> float:
     """Activations of `tokens` a sample, of these widths."""

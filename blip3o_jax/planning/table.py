@@ -5,12 +5,14 @@ config or compiler is made anew. DIR/table.md and DIR/scaling.svg show what is t
 same number of images a chip.
 """
 
+import concurrent.futures
 import dataclasses
 import datetime
 import hashlib
 import html
 import json
-from collections.abc import Mapping, Sequence
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,7 @@ def run(directory: Path, configs: Path, only: Sequence[str] = ()) -> None:
   if unknown := set(only) - {cell.split(":")[0] for cell in cells()} - set(cells()):
     raise UserError(f"{min(unknown)} is no cell; cells are ROW:CHIP:COUNT, such as {cells()[0]}")
   versions = {"jax": jax.__version__, "libtpu": topology.compiler()}
+  today = datetime.date.today().isoformat()
   for cell in wanted:
     config = cell_config(cell, configs)
     row, generation, chips = _parts(cell)
@@ -76,8 +79,7 @@ def run(directory: Path, configs: Path, only: Sequence[str] = ()) -> None:
     if same:  # rows that differ in their data alone
       content = next(iter(same.values()))
     else:
-      found = plan.make(config, name, job=row.job, advise=False)
-      content = plan.record(found) | {"made": program | {"date": datetime.date.today().isoformat()}}
+      content = _apart(_compiled, config, name, row.job) | {"made": program | {"date": today}}
     text = json.dumps(content | {"cell": cell}, indent=1) + "\n"
     write_atomically(directory / f"{cell.replace(':', '-')}.json", text.encode())
     print(f"{cell}  {_words(content)}", flush=True)
@@ -85,6 +87,19 @@ def run(directory: Path, configs: Path, only: Sequence[str] = ()) -> None:
   write_atomically(directory / "table.md", markdown(known).encode())
   write_atomically(directory / "scaling.svg", scaling_svg(known).encode())
   print(markdown(known))
+
+
+def _compiled(config: ConfigDict, name: str, job: str) -> dict[str, Any]:
+  return plan.record(plan.make(config, name, job=job, advise=False))
+
+
+def _apart(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+  """`work(*args)` in a process of its own, since the TPU compiler may crash; then {"crashed": True}."""
+  with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    try:
+      return pool.submit(work, *args).result()
+    except concurrent.futures.process.BrokenProcessPool:
+      return {"crashed": True}
 
 
 def cells() -> list[str]:
@@ -142,6 +157,8 @@ def markdown(known: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _words(record: Mapping[str, Any]) -> str:
+  if record.get("crashed"):
+    return "the compiler crashes"
   if not record["fits"]:
     return f"no fit, {record['short_bytes'] / 2**30:.1f} GiB short"
   bound = max(record["programs"], key=lambda p: max(p["bounds"].values()))["bound_by"]
@@ -156,8 +173,8 @@ def scaling_svg(known: Mapping[str, Mapping[str, Any]]) -> str:
   lines = {}
   for row in ROWS:
     for generation in SHAPES:
-      found = [(n, known.get(f"{row.name}:{generation}:{n}")) for n in CHIPS]
-      points = [(n, sum(c["sent"] for p in r["programs"] for c in p["collectives"])) for n, r in found if r]
+      found = [(n, known.get(f"{row.name}:{generation}:{n}", {}).get("programs", ())) for n in CHIPS]
+      points = [(n, sum(c["sent"] for p in programs for c in p["collectives"])) for n, programs in found]
       if row.job == "train" and (points := [(n, sent) for n, sent in points if sent]):
         lines[f"{row.title}, {generation}"] = points
   top = max((sent for points in lines.values() for _, sent in points), default=1.0) * 1.1
