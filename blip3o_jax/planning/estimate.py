@@ -1,9 +1,9 @@
 """Memory and time of a job without compiling it: what a search looks at first, and what advice is checked with.
 
-Arguments are exact. The temporaries are those of the hungriest phase (encoder, prompt, queries, DiT, picture); a phase
-of training holds the weights of one layer, gathered from all chips, its widest activations, and what is kept for later:
-keys and values of the prompt, and the inputs of the layers that a gradient goes through (with more by the remat
-policy). The factors were fitted to what the compiler said of the 8B (assets/plans); a test holds them to it.
+Arguments are exact. The temporaries are those of the hungriest phase (encoder, prompt, DiT, picture); a phase of
+training holds the weights of a layer, gathered from all chips, its widest activations, and what is kept for later: keys
+and values of the prompt, and the inputs of the layers that a gradient goes through (with more by the remat policy). The
+factors were fitted to what the compiler said of the 8B and 4B (assets/plans); a test holds them to it.
 
 Times are bounds as in `cost`: operations, or bytes on the wires (weights gathered at every use, gradients summed).
 """
@@ -25,8 +25,11 @@ from blip3o_jax.planning.topology import Topology
 
 _BF16, _F32 = 2, 4
 _CODE = {"train": 110 * 2**20, "generate": 320 * 2**20, "cache-features": 16 * 2**20}
-# While a layer's weights are used, those of the next one are gathered, and some are copied into another layout.
-_GATHERED = 2.3
+# While a layer's weights are used, those of the next one are gathered already; backwards there are gradients as well.
+_FORWARD, _BACKWARD = 1.9, 7.0
+_FEW = 8  # chips
+# How much of its memory the compiler spends to be faster, beside what it does for v4 and v5e.
+_SPENT = {"v5p": 1.15, "v6e": 0.92}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +60,9 @@ def estimate(config: ConfigDict, where: Topology, job: str, found: list[Program]
   rows = config.batch_size / parts / (mesh.size // mesh.shape["tensor"])
   shapes = _Shapes(config, cfg, params, mesh, rows)
   phases = {"train": shapes.training, "generate": shapes.drawing, "cache-features": lambda: [shapes.encoder()]}[job]()
+  spent = _SPENT.get(where.name.partition(":")[0], 1.0)
   arguments = max(cost.device_bytes(p.arguments) for p in found)
-  memory = {"arguments": arguments, "temporaries": max(phases), "code": _CODE[job]}
+  memory = {"arguments": arguments, "temporaries": max(phases) * spent, "code": _CODE[job]}
   compute = sum(sum(p.flops.values()) for p in found) * config.batch_size / mesh.size / where.chip.flops
   wires = shapes.sent(job) / where.chip.ici_bandwidth, shapes.sent_between_slices(job) / where.chip.dcn_bandwidth
   return Estimate(memory, max(compute, *(seconds * parts for seconds in wires)))
@@ -83,17 +87,21 @@ class _Shapes:
     return self.config.data.get("max_length", 128)
 
   def weights(self, component: str, *, layer: bool) -> float:
-    """What is held of one layer's weights, or sent of all layers', gathered over fsdp in the compute dtype."""
+    """One layer's weights, or those of all layers, gathered over fsdp in the compute dtype."""
     if self.mesh.shape["fsdp"] == 1 or component not in self.params:
       return 0.0
     leaves = flatten_dict(self.params[component])
     stacked = [x for path, x in leaves.items() if "layers" in path and "vision" not in path]
     count = sum(math.prod(x.shape) / (x.shape[0] if layer else 1) for x in stacked)
-    return _BF16 * count / self.mesh.shape["tensor"] * (_GATHERED if layer else 1)
+    return _BF16 * count / self.mesh.shape["tensor"]
 
   def wide(self, tokens: int, *widths: float) -> float:
     """Activations of `tokens` a sample, of these widths."""
     return _BF16 * self.rows * tokens * sum(widths)
+
+  def products(self, tokens: int, *widths: float) -> float:
+    """The same while they are computed: over a few chips part by part as weights arrive, into a space of their own."""
+    return self.wide(tokens, *widths) * (2 if 1 < self.mesh.shape["fsdp"] <= _FEW else 1)
 
   def memory_of_prompt(self) -> float:
     """Keys and values of the prompt in all layers."""
@@ -101,11 +109,14 @@ class _Shapes:
 
   def encoder(self) -> float:
     clip = self.cfg.clip
-    return self.weights("clip", layer=True) + self.wide(clip.side**2 + 1, clip.mlp_dim, 2 * clip.width)
+    return _FORWARD * self.weights("clip", layer=True) + self.products(clip.side**2 + 1, clip.mlp_dim, 3 * clip.width)
 
   def prompt(self) -> float:
     text = self.text
-    return self.weights("backbone", layer=True) + self.wide(self.length, text.mlp_dim, 2 * text.dim)
+    used = _FORWARD * self.weights("backbone", layer=True) + self.products(self.length, 2 * text.mlp_dim, 2 * text.dim)
+    # Where a chip's rows are some tiles of 8 and a rest, weights and activations are copied into another layout.
+    rows = text.dim / self.mesh.shape["fsdp"]
+    return used * (1.5 if rows > 8 and rows % 8 else 1.0)
 
   def training(self) -> list[float]:
     text, dit, q = self.text, self.cfg.dit, self.cfg.queries
@@ -115,8 +126,8 @@ class _Shapes:
     if remat != "full":  # the products of every layer as well
       inputs += self.wide(q, text.layers * (2 * text.mlp_dim + 3 * text.dim))
       inputs += self.wide(math.prod(dit.grid), dit.layers * (2 * dit.ffn_dim + 8 * dit.dim))
-    queries = self.weights("backbone", layer=True) + self.wide(q, 2 * text.mlp_dim, 2 * text.dim) + inputs
-    return [self.encoder(), self.prompt() + kept, queries + kept, 3 * self.weights("dit", layer=True) + inputs + kept]
+    dit = _BACKWARD * self.weights("dit", layer=True) + inputs
+    return [self.encoder(), self.prompt() + kept, dit + kept]
 
   def drawing(self) -> list[float]:
     vae, side = self.cfg.vae, self.cfg.image_size
