@@ -26,7 +26,7 @@ from blip3o_jax.planning.topology import Topology
 _BF16, _F32 = 2, 4
 _CODE = {"train": 110 * 2**20, "generate": 320 * 2**20, "cache-features": 16 * 2**20}
 # While a layer's weights are used, those of the next one are gathered already; backwards there are gradients as well.
-_FORWARD, _BACKWARD = 1.9, 7.0
+_FORWARD, _BACKWARD = 1.9, 6.3
 _FEW = 8  # chips
 # How much of its memory the compiler spends to be faster, beside what it does for v4 and v5e.
 _SPENT = {"v5p": 1.15, "v6e": 0.92}
@@ -58,11 +58,11 @@ def estimate(config: ConfigDict, where: Topology, job: str, found: list[Program]
   found = found or programs.build(config, mesh, job)
   cfg, params = programs.architecture(config), found[0].parameters
   rows = config.batch_size / parts / (mesh.size // mesh.shape["tensor"])
-  shapes = _Shapes(config, cfg, params, mesh, rows)
+  chip = where.name.partition(":")[0]
+  shapes = _Shapes(config, cfg, params, mesh, rows, chip)
   phases = {"train": shapes.training, "generate": shapes.drawing, "cache-features": lambda: [shapes.encoder()]}[job]()
-  spent = _SPENT.get(where.name.partition(":")[0], 1.0)
   arguments = max(cost.device_bytes(p.arguments) for p in found)
-  memory = {"arguments": arguments, "temporaries": max(phases) * spent, "code": _CODE[job]}
+  memory = {"arguments": arguments, "temporaries": max(phases) * _SPENT.get(chip, 1.0), "code": _CODE[job]}
   compute = sum(sum(p.flops.values()) for p in found) * config.batch_size / mesh.size / where.chip.flops
   wires = shapes.sent(job) / where.chip.ici_bandwidth, shapes.sent_between_slices(job) / where.chip.dcn_bandwidth
   return Estimate(memory, max(compute, *(seconds * parts for seconds in wires)))
@@ -70,13 +70,14 @@ def estimate(config: ConfigDict, where: Topology, job: str, found: list[Program]
 
 @dataclasses.dataclass(frozen=True)
 class _Shapes:
-  """Bytes on one chip of what the phases hold. `rows` samples are on it at once."""
+  """Bytes on one chip of what the phases hold. `rows` samples are on it at once; `chip` is its generation."""
 
   config: ConfigDict
   cfg: Blip3oConfig
   params: Any
   mesh: Mesh
   rows: float
+  chip: str
 
   @property
   def text(self) -> Any:
@@ -114,9 +115,9 @@ class _Shapes:
   def prompt(self) -> float:
     text = self.text
     used = _FORWARD * self.weights("backbone", layer=True) + self.products(self.length, 2 * text.mlp_dim, 2 * text.dim)
-    # Where a chip's rows are some tiles of 8 and a rest, weights and activations are copied into another layout.
+    # On v5e weights and activations are copied into another layout where a chip's rows are some tiles of 8 and a rest.
     rows = text.dim / self.mesh.shape["fsdp"]
-    return used * (1.5 if rows > 8 and rows % 8 else 1.0)
+    return used * (1.5 if self.chip == "v5e" and rows > 8 and rows % 8 else 1.0)
 
   def training(self) -> list[float]:
     text, dit, q = self.text, self.cfg.dit, self.cfg.queries
@@ -126,13 +127,14 @@ class _Shapes:
     if remat != "full":  # the products of every layer as well
       inputs += self.wide(q, text.layers * (2 * text.mlp_dim + 3 * text.dim))
       inputs += self.wide(math.prod(dit.grid), dit.layers * (2 * dit.ffn_dim + 8 * dit.dim))
-    dit = _BACKWARD * self.weights("dit", layer=True) + inputs
+    gradients = 2 * self.gradients("train") / self.mesh.shape["fsdp"] / self.mesh.shape["tensor"]  # in float32
+    dit = _BACKWARD * self.weights("dit", layer=True) + inputs + gradients
     return [self.encoder(), self.prompt() + kept, dit + kept]
 
   def drawing(self) -> list[float]:
     vae, side = self.cfg.vae, self.cfg.image_size
     widest = vae.block_out_channels[min(1, len(vae.block_out_channels) - 1)]
-    picture = self.rows * (side // vae.patch_size) ** 2 * widest * 3.5 * _F32
+    picture = self.rows * (side // vae.patch_size) ** 2 * widest * 4.2 * _F32
     return [self.prompt() + self.memory_of_prompt(), picture]
 
   def sent(self, job: str) -> float:

@@ -151,8 +151,8 @@ def markdown(known: Mapping[str, Mapping[str, Any]]) -> str:
         words = " | ".join(_words(record) if record else "" for record in found)
         lines.append(f"| {row.title}, {row.images} | {generation} | {words} |")
   makers = sorted({f"libtpu {r['made']['libtpu']} with jax {r['made']['jax']}" for r in known.values()})
-  dates = sorted(r["made"]["date"] for r in known.values())
-  made = f"Made by {', '.join(makers)}, {dates[0]} to {dates[-1]}. " if dates else ""
+  days = sorted({r["made"]["date"] for r in known.values()})
+  made = f"Made by {', '.join(makers)}, {' to '.join([*days[:1], *days[1:][-1:]])}. " if known else ""
   return "\n".join([*lines, "", f"{made}{plan.CAVEAT} No fit is told by what is missing on each chip."]) + "\n"
 
 
