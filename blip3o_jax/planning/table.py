@@ -165,35 +165,39 @@ def _words(record: Mapping[str, Any]) -> str:
   return f"{record['peak_bytes'] / 2**30:.1f} GiB, {record['bound_images_per_second']:,.0f}/s ({bound})"
 
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 420, 260, 60, 40
+WIDTH, HEIGHT, LEFT, BOTTOM = 480, 300, 60, 60
+_DASHES = dict(zip(SHAPES, ("2 5", "none", "9 4", "9 3 2 3"), strict=True))  # lines of two chips may lie on each other
 
 
 def scaling_svg(known: Mapping[str, Mapping[str, Any]]) -> str:
-  """Bytes that a chip sends in one step over the number of chips, a line for each training row and chip."""
+  """Bytes that a chip sends in one step over the number of chips, a line for each training program and chip."""
   lines = {}
-  for row in ROWS:
-    for generation in SHAPES:
+  for generation in SHAPES:
+    for row in ROWS:
       found = [(n, known.get(f"{row.name}:{generation}:{n}", {}).get("programs", ())) for n in CHIPS]
       points = [(n, sum(c["sent"] for p in programs for c in p["collectives"])) for n, programs in found]
-      if row.job == "train" and (points := [(n, sent) for n, sent in points if sent]):
-        lines[f"{row.title}, {generation}"] = points
-  top = max((sent for points in lines.values() for _, sent in points), default=1.0) * 1.1
+      if row.job == "train" and (points := tuple((n, sent) for n, sent in points if sent)):
+        lines.setdefault((generation, points), []).append(row.title)  # rows of one program share a line
+  top = max((sent for _, points in lines for _, sent in points), default=1.0) * 1.1
   x = lambda n: LEFT + (CHIPS.index(n) + 0.5) * (WIDTH - LEFT) / len(CHIPS)
-  y = lambda sent: (HEIGHT - BOTTOM) * (1 - sent / top) + 8
-  parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + 16 * len(lines)}" font-size="11">']
+  y = lambda sent: 24 + (HEIGHT - BOTTOM - 24) * (1 - sent / top)
+  size = f"0 0 {WIDTH} {HEIGHT + 16 * len(lines)}"
+  parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" font-family="sans-serif" font-size="11">']
+  parts.append('<rect width="100%" height="100%" fill="white"/>')
   text = lambda at, down, words, anchor="middle": parts.append(
     f'<text x="{at:.0f}" y="{down:.0f}" text-anchor="{anchor}">{html.escape(words)}</text>'
   )
+  text(LEFT, 14, "sent by a chip in one step, with the same number of images a chip", "start")
   for n in CHIPS:
-    text(x(n), HEIGHT - BOTTOM + 24, f"{n} chips")
+    text(x(n), HEIGHT - BOTTOM + 20, f"{n} chips")
   for i in range(5):
     text(LEFT - 6, y(top * i / 4) + 4, f"{top * i / 4 / 1e9:.0f} GB", "end")
     parts.append(f'<path d="M{LEFT} {y(top * i / 4):.1f}H{WIDTH}" stroke="#ccc"/>')
-  for i, (name, points) in enumerate(lines.items()):
-    colour = f"hsl({360 * i / len(lines):.0f} 60% 40%)"
+  for i, ((generation, points), titles) in enumerate(lines.items()):
+    look = f'fill="none" stroke="hsl({360 * i / len(lines):.0f} 60% 40%)" stroke-dasharray="{_DASHES[generation]}"'
     path = " ".join(f"{x(n):.1f},{y(sent):.1f}" for n, sent in points)
-    parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}"/>')
-    parts += [f'<circle cx="{x(n):.1f}" cy="{y(sent):.1f}" r="3" fill="{colour}"/>' for n, sent in points]
-    parts.append(f'<rect x="{LEFT}" y="{HEIGHT + 16 * i - 6}" width="10" height="3" fill="{colour}"/>')
-    text(LEFT + 16, HEIGHT + 16 * i, f"{name}: sent by a chip in one step", "start")
+    parts.append(f'<polyline points="{path}" stroke-width="2" {look}/>')
+    parts += [f'<circle cx="{x(n):.1f}" cy="{y(sent):.1f}" r="3" {look}/>' for n, sent in points]
+    parts.append(f'<path d="M{LEFT} {HEIGHT + 16 * i - 16}h34" stroke-width="2" {look}/>')
+    text(LEFT + 42, HEIGHT + 16 * i - 12, f"{generation}, {' and '.join(titles)}", "start")
   return "\n".join([*parts, "</svg>"]) + "\n"
