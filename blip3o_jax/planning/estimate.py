@@ -28,8 +28,8 @@ _CODE = {"train": 110 * 2**20, "generate": 320 * 2**20, "cache-features": 16 * 2
 # While a layer's weights are used, those of the next one are gathered already; backwards there are gradients as well.
 _FORWARD, _BACKWARD = 1.9, 6.3
 _FEW = 8  # chips
-# How much of its memory the compiler spends to be faster, beside what it does for v4 and v5e.
-_SPENT = {"v5p": 1.15, "v6e": 0.92}
+# How much memory the compiler spends on gathered weights and products to be faster, beside what it does for v4 and v5e.
+_SPENT = {"v5p": 1.15, "v6e": 0.915}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def estimate(config: ConfigDict, where: Topology, job: str, found: list[Program]
   shapes = _Shapes(config, cfg, params, mesh, rows, chip)
   phases = {"train": shapes.training, "generate": shapes.drawing, "cache-features": lambda: [shapes.encoder()]}[job]()
   arguments = max(cost.device_bytes(p.arguments) for p in found)
-  memory = {"arguments": arguments, "temporaries": max(phases) * _SPENT.get(chip, 1.0), "code": _CODE[job]}
+  memory = {"arguments": arguments, "temporaries": max(phases), "code": _CODE[job]}
   compute = sum(sum(p.flops.values()) for p in found) * config.batch_size / mesh.size / where.chip.flops
   wires = shapes.sent(job) / where.chip.ici_bandwidth, shapes.sent_between_slices(job) / where.chip.dcn_bandwidth
   return Estimate(memory, max(compute, *(seconds * parts for seconds in wires)))
@@ -110,14 +110,15 @@ class _Shapes:
 
   def encoder(self) -> float:
     clip = self.cfg.clip
-    return _FORWARD * self.weights("clip", layer=True) + self.products(clip.side**2 + 1, clip.mlp_dim, 3 * clip.width)
+    used = _FORWARD * self.weights("clip", layer=True) + self.products(clip.side**2 + 1, clip.mlp_dim, 3 * clip.width)
+    return used * _SPENT.get(self.chip, 1.0)
 
   def prompt(self) -> float:
     text = self.text
     used = _FORWARD * self.weights("backbone", layer=True) + self.products(self.length, 2 * text.mlp_dim, 2 * text.dim)
     # On v5e weights and activations are copied into another layout where a chip's rows are some tiles of 8 and a rest.
     rows = text.dim / self.mesh.shape["fsdp"]
-    return used * (1.5 if self.chip == "v5e" and rows > 8 and rows % 8 else 1.0)
+    return used * (1.5 if self.chip == "v5e" and rows > 8 and rows % 8 else _SPENT.get(self.chip, 1.0))
 
   def training(self) -> list[float]:
     text, dit, q = self.text, self.cfg.dit, self.cfg.queries
@@ -128,7 +129,7 @@ class _Shapes:
       inputs += self.wide(q, text.layers * (2 * text.mlp_dim + 3 * text.dim))
       inputs += self.wide(math.prod(dit.grid), dit.layers * (2 * dit.ffn_dim + 8 * dit.dim))
     gradients = 2 * self.gradients("train") / self.mesh.shape["fsdp"] / self.mesh.shape["tensor"]  # in float32
-    dit = _BACKWARD * self.weights("dit", layer=True) + inputs + gradients
+    dit = (_BACKWARD * self.weights("dit", layer=True) + inputs + gradients) * _SPENT.get(self.chip, 1.0)
     return [self.encoder(), self.prompt() + kept, dit + kept]
 
   def drawing(self) -> list[float]:
