@@ -84,6 +84,10 @@ class _Shapes:
     return flops.text_of(self.cfg.backbone)
 
   @property
+  def spent(self) -> float:
+    return _SPENT.get(self.chip, 1.0)
+
+  @property
   def length(self) -> int:
     return self.config.data.get("max_length", 128)
 
@@ -111,14 +115,14 @@ class _Shapes:
   def encoder(self) -> float:
     clip = self.cfg.clip
     used = _FORWARD * self.weights("clip", layer=True) + self.products(clip.side**2 + 1, clip.mlp_dim, 3 * clip.width)
-    return used * _SPENT.get(self.chip, 1.0)
+    return used * self.spent
 
   def prompt(self) -> float:
     text = self.text
     used = _FORWARD * self.weights("backbone", layer=True) + self.products(self.length, 2 * text.mlp_dim, 2 * text.dim)
     # On v5e weights and activations are copied into another layout where a chip's rows are some tiles of 8 and a rest.
     rows = text.dim / self.mesh.shape["fsdp"]
-    return used * (1.5 if self.chip == "v5e" and rows > 8 and rows % 8 else _SPENT.get(self.chip, 1.0))
+    return used * (1.5 if self.chip == "v5e" and rows > 8 and rows % 8 else self.spent)
 
   def training(self) -> list[float]:
     text, dit, q = self.text, self.cfg.dit, self.cfg.queries
@@ -129,8 +133,8 @@ class _Shapes:
       inputs += self.wide(q, text.layers * (2 * text.mlp_dim + 3 * text.dim))
       inputs += self.wide(math.prod(dit.grid), dit.layers * (2 * dit.ffn_dim + 8 * dit.dim))
     gradients = 2 * self.gradients("train") / self.mesh.shape["fsdp"] / self.mesh.shape["tensor"]  # in float32
-    dit = (_BACKWARD * self.weights("dit", layer=True) + inputs + gradients) * _SPENT.get(self.chip, 1.0)
-    return [self.encoder(), self.prompt() + kept, dit + kept]
+    backward = (_BACKWARD * self.weights("dit", layer=True) + inputs + gradients) * self.spent
+    return [self.encoder(), self.prompt() + kept, backward + kept]
 
   def drawing(self) -> list[float]:
     vae, side = self.cfg.vae, self.cfg.image_size

@@ -67,12 +67,13 @@ def run(directory: Path, configs: Path, only: Sequence[str] = ()) -> None:
     raise UserError(f"{min(unknown)} is no cell; cells are ROW:CHIP:COUNT, such as {cells()[0]}")
   versions = {"jax": jax.__version__, "libtpu": topology.compiler()}
   today = datetime.date.today().isoformat()
+  known = read(directory)
   for cell in wanted:
     config = cell_config(cell, configs)
     row, generation, chips = _parts(cell)
     name = f"{generation}:{SHAPES[generation][CHIPS.index(chips)]}"
     program = versions | {"config": _stamp(config), "job": row.job, "topology": name}
-    same = {key: record for key, record in read(directory).items() if program.items() <= record["made"].items()}
+    same = {key: record for key, record in known.items() if program.items() <= record["made"].items()}
     if cell in same:
       continue
     print(f"{cell} ...", flush=True)
@@ -80,10 +81,11 @@ def run(directory: Path, configs: Path, only: Sequence[str] = ()) -> None:
       content = next(iter(same.values()))
     else:
       content = _apart(_compiled, config, name, row.job) | {"made": program | {"date": today}}
-    text = json.dumps(content | {"cell": cell}, indent=1) + "\n"
-    write_atomically(directory / f"{cell.replace(':', '-')}.json", text.encode())
+    known[cell] = content | {"cell": cell}
+    path = directory / f"{cell.replace(':', '-')}.json"
+    write_atomically(path, (json.dumps(known[cell], indent=1) + "\n").encode())
     print(f"{cell}  {_words(content)}", flush=True)
-  known = read(directory)
+  known = read(directory)  # another process may have made some as well
   write_atomically(directory / "table.md", markdown(known).encode())
   write_atomically(directory / "scaling.svg", scaling_svg(known).encode())
   print(markdown(known))
