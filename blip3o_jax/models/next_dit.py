@@ -283,6 +283,7 @@ class NextDiT(nn.Module):
   def _read(self, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Condition [B, L, E] -> its tokens for cross attention [B, L, D] and its part of the modulating vector [B, T]."""
     y = self.condition_fc2(nn.gelu(self.condition_fc1(condition), approximate=True))
+    y = nn.with_logical_constraint(y, ACTIVATION)
     self.sow("intermediates", "caption_proj", y)
     mean = jnp.mean(y.astype(jnp.float32), axis=1).astype(y.dtype)
     return y, self.pooled_fc(self.pooled_norm(mean))
