@@ -114,6 +114,8 @@ tpu_flags() { # accelerator type
   local overlap="--xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
   overlap+=" --xla_tpu_enable_async_collective_fusion_multiple_steps=true --xla_tpu_overlap_compute_collective_tc=true"
   overlap+=" --xla_enable_async_all_gather=true"
+  # And stack for the compiler's own threads: libtpu 0.0.42.1 overflows it where it compiles the 4B for v6e.
+  overlap+=" --fibers_default_thread_stack_size=4194304"
   case "$1" in
   v4* | v5p*) # a three-dimensional torus
     printf '%s' "$overlap --xla_tpu_data_parallel_opt_different_sized_ops=true --xla_tpu_enable_data_parallel_all_reduce_opt=true"

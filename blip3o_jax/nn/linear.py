@@ -84,9 +84,7 @@ class Conv(nn.Module):
         self.param_dtype,
       )
       y = y + bias.astype(self.dtype)
-    # Said of every one: the kernel's sharding would else spread to the channels, and every chip compute the pictures of
-    # all chips.
-    return nn.with_logical_constraint(y, ("batch", None, None, "act_embed"))
+    return y
 
   def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     strides = (self.stride, self.stride)

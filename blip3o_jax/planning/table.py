@@ -5,14 +5,12 @@ config or compiler is made anew. DIR/table.md and DIR/scaling.svg show what is t
 same number of images a chip.
 """
 
-import concurrent.futures
 import dataclasses
 import datetime
 import hashlib
 import html
 import json
-import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +78,7 @@ def run(directory: Path, configs: Path, only: Sequence[str] = ()) -> None:
     if same:  # rows that differ in their data alone
       content = next(iter(same.values()))
     else:
-      content = _apart(_compiled, config, name, row.job) | {"made": program | {"date": today}}
+      content = plan.record(plan.make(config, name, job=row.job, advise=False)) | {"made": program | {"date": today}}
     known[cell] = content | {"cell": cell}
     path = directory / f"{cell.replace(':', '-')}.json"
     write_atomically(path, (json.dumps(known[cell], indent=1) + "\n").encode())
@@ -89,19 +87,6 @@ def run(directory: Path, configs: Path, only: Sequence[str] = ()) -> None:
   write_atomically(directory / "table.md", markdown(known).encode())
   write_atomically(directory / "scaling.svg", scaling_svg(known).encode())
   print(markdown(known))
-
-
-def _compiled(config: ConfigDict, name: str, job: str) -> dict[str, Any]:
-  return plan.record(plan.make(config, name, job=job, advise=False))
-
-
-def _apart(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-  """`work(*args)` in a process of its own, since the TPU compiler may crash; then {"crashed": True}."""
-  with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-    try:
-      return pool.submit(work, *args).result()
-    except concurrent.futures.process.BrokenProcessPool:
-      return {"crashed": True}
 
 
 def cells() -> list[str]:
@@ -159,8 +144,6 @@ def markdown(known: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _words(record: Mapping[str, Any]) -> str:
-  if record.get("crashed"):
-    return "the compiler crashes"
   if not record["fits"]:
     return f"no fit, {record['short_bytes'] / 2**30:.1f} GiB short"
   bound = max(record["programs"], key=lambda p: max(p["bounds"].values()))["bound_by"]

@@ -110,11 +110,19 @@ def compiler() -> str:
     raise UserError("planning needs libtpu, the TPU compiler, and no TPU: pip install 'jax[tpu]'") from None
 
 
+# libtpu 0.0.42.1 weighs a fusion by recursion, for v6e deeper than the stack that its threads have by default.
+# launch/lib.sh gives it to real slices.
+STACK = "--fibers_default_thread_stack_size=4194304"
+
+
 def _describe(name: str, chip: Chip, slices: int):
   # Neither ask a metadata server that only a cloud machine has, nor take the lock that guards a real chip: several
   # plans may run beside each other.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  given = os.environ.get("LIBTPU_INIT_ARGS", "")
+  if STACK.partition("=")[0] not in given:
+    os.environ["LIBTPU_INIT_ARGS"] = f"{given} {STACK}".strip()
   shape = name.partition(":")[2]
   options = dict(chip.options)
   if slices > 1:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -185,3 +188,30 @@ def test_the_8b_compiles_for_a_pod():
   found = plan.make(load_config("configs/pretrain_8b.py"), "v5e:16x16")
   assert found.fits and found.costs[0].compile_seconds < 480
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 < 12
+
+
+EIGHT = """
+import pathlib, re, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import small
+from blip3o_jax.planning import programs
+from blip3o_jax.sharding.mesh import make_mesh
+changes = "mesh.data=1", "mesh.fsdp=8", "mesh.tensor=1", "batch_size=32"
+mesh = make_mesh({"data": 1, "fsdp": 8})
+_, pixels = programs.build(small.config(pathlib.Path(sys.argv[1]), *changes), mesh, "generate")
+text = pixels.lower().compile().as_text()
+sent = re.findall(r" = ([^ ]+) (?:all-gather|all-reduce)\\(", text)
+print(len(sent), *{shape for shape in sent if re.match(r"f32.(32|64),\\d+,\\d+,\\d+", shape)})
+"""
+
+
+@pytest.mark.slow
+def test_every_chip_draws_its_own_pixels(tmp_path):
+  """What is sent are weights: where the loop's results are not said to be cut, every chip gets the pictures of all."""
+  paths = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+  words = [sys.executable, "-c", EIGHT, str(tmp_path)]
+  done = subprocess.run(words, env=os.environ | paths, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  count, *pictures = done.stdout.split()
+  assert int(count) > 100 and not pictures

@@ -1,7 +1,6 @@
 """The table: cells are kept, old ones are made again, and what is shown is what is there."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -18,7 +17,6 @@ def test_cells_are_kept_and_old_ones_made_again(tmp_path, monkeypatch, capsys):
   pytest.importorskip("libtpu")
   record = json.loads((KEPT / "pretrain-8b-v5e-64.json").read_text())
   made = []
-  monkeypatch.setattr(table, "_apart", lambda work, *args: work(*args))
   monkeypatch.setattr(plan, "make", lambda config, name, **_: made.append((config.batch_size, name)) or config)
   monkeypatch.setattr(plan, "record", lambda found: {k: v for k, v in record.items() if k not in ("cell", "made")})
   cells = ["pretrain-8b:v5e:64", "pretrain-8b:v4:256", "instruct-8b:v5e:64"]
@@ -38,12 +36,6 @@ def test_cells_are_kept_and_old_ones_made_again(tmp_path, monkeypatch, capsys):
   assert "polyline" in (tmp_path / "scaling.svg").read_text()
   with pytest.raises(UserError, match="is no cell"):
     table.run(tmp_path, ROOT / "configs", ["pretrain-9b:v5e:64"])
-
-
-def test_a_crash_of_the_compiler_is_told_and_goes_no_further():
-  crashed = table._apart(os.abort)
-  shown = {"pretrain-8b:v6e:8": crashed | {"made": {"libtpu": "0.1", "jax": "0.11", "date": "2026-11-29"}}}
-  assert "the compiler crashes" in table.markdown(shown) and "polyline" not in table.scaling_svg(shown)
 
 
 def test_a_cell_that_does_not_fit_says_by_how_much():
