@@ -118,8 +118,20 @@ def _model(added: argparse.ArgumentParser) -> None:
   added.add_argument(
     "--model", required=True, metavar="DIR", help="a model directory, the release's layout, a hub id, or `micro`"
   )
+
+
+def _loaded(added: argparse.ArgumentParser) -> None:
+  """Of what draws or talks."""
+  _model(added)
   added.add_argument(
     "--compile-cache", default=argparse.SUPPRESS, metavar="DIR", help="keeps compiled programs for the next start"
+  )
+  added.add_argument(
+    "--fsdp",
+    type=_positive,
+    default=argparse.SUPPRESS,
+    metavar="N",
+    help="devices over which the weights are cut (default: whole on every device)",
   )
 
 
@@ -142,9 +154,6 @@ def _job(added: argparse.ArgumentParser, num: int) -> None:
   added.add_argument("--num", type=_positive, default=num, help=f"pictures a prompt (default {num})")
   added.add_argument(
     "--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N", help="pictures at once, in each process"
-  )
-  added.add_argument(
-    "--fsdp", type=_positive, default=argparse.SUPPRESS, metavar="N", help="devices over which weights are cut"
   )
 
 
@@ -175,7 +184,7 @@ def _add_training(under) -> None:
 
 def _add_talking(under) -> None:
   generate = _command(under, "generate", commands.generate)
-  _model(generate)
+  _loaded(generate)
   prompts = generate.add_mutually_exclusive_group(required=True)
   prompts.add_argument("--prompt", nargs="+", metavar="TEXT")
   prompts.add_argument(
@@ -185,14 +194,14 @@ def _add_talking(under) -> None:
   _drawing(generate)
 
   edit = _command(under, "edit", commands.edit)
-  _model(edit)
+  _loaded(edit)
   edit.add_argument("--image", required=True, nargs="+", type=Path, metavar="FILE")
   edit.add_argument("--instruction", default="", metavar="TEXT", help="(default: reconstruct, as the release does)")
   edit.add_argument("--out", required=True, type=Path, metavar="DIR", help="gets NAME-edited.png")
   _drawing(edit)
 
   chat = _command(under, "chat", commands.chat)
-  _model(chat)
+  _loaded(chat)
   chat.add_argument("--image", nargs="+", default=[], type=Path, metavar="FILE", help="of the first turn")
   chat.add_argument(
     "--prompt", nargs="+", metavar="TEXT", help="a turn each (default: lines of standard input; /help says more)"
@@ -204,12 +213,12 @@ def _add_talking(under) -> None:
   chat.add_argument("--top-k", type=_count, default=argparse.SUPPRESS)
 
   reconstruct = _command(under, "reconstruct", commands.reconstruct)
-  _model(reconstruct)
+  _loaded(reconstruct)
   reconstruct.add_argument("--image", required=True, type=Path, metavar="FILE")
   reconstruct.add_argument("--out", required=True, type=Path, metavar="DIR")
 
   demo = _command(under, "demo", commands.demo)
-  _model(demo)
+  _loaded(demo)
   demo.add_argument("--host", default="127.0.0.1", help="(default 127.0.0.1: this machine alone; 0.0.0.0: the network)")
   demo.add_argument("--port", type=_port, default=7860, help="(default 7860; 0: a free one, which is printed)")
 
@@ -277,13 +286,12 @@ def _add_data(under) -> None:
 
   caption = _command(under, "caption", commands.caption)
   caption.about = "blip3o_jax.jobs.caption"
-  _model(caption)
+  _loaded(caption)
   caption.add_argument("--data", required=True, metavar="PATH", help="tar shards of pictures, .jsonl, ..., or a folder")
   caption.add_argument("--out", required=True, type=Path, metavar="DIR", help="of this job alone")
   caption.add_argument("--style", choices=("long", "short"), default="long")
   caption.add_argument("--prompt", metavar="TEXT", help="ask this (default: what the style asks)")
   caption.add_argument("--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N")
-  caption.add_argument("--fsdp", type=_positive, default=argparse.SUPPRESS, metavar="N")
 
 
 def _add_bench(under) -> None:
@@ -341,7 +349,7 @@ def _add_eval(under) -> None:
   ):
     added = _command(under, name, commands.eval_folder, f"Draw the folder that the scorer of {name} reads.")
     added.about = f"blip3o_jax.evaluation.{name}"  # its docstring says how to score
-    _model(added)
+    _loaded(added)
     added.add_argument("--prompts", required=True, type=Path, metavar="PATH", help=f"the benchmark's own: {takes}")
     _job(added, num)
     _drawing(added, seed=42)

@@ -62,7 +62,7 @@ def generate(args: argparse.Namespace) -> None:
     return _draw_all(args, Rows)
   from blip3o_jax.jobs.generate import draw_few
 
-  options = {"num": args.num, "seed": args.seed, "settings": _settings(args), **_given(args, "compile_cache")}
+  options = {"num": args.num, "seed": args.seed, "settings": _settings(args), **_loading(args)}
   for path, prompt in draw_few(args.model, args.prompt, args.out, **options):
     print(f"{path}  {prompt}", flush=True)
 
@@ -83,10 +83,9 @@ def eval_understanding(args: argparse.Namespace) -> None:
 def edit(args: argparse.Namespace) -> None:
   """Draw pictures anew by an instruction, as far as the model has learned to."""
   from blip3o_jax.data.outputs import encode_png, write_atomically
-  from blip3o_jax.inference.model import load
+  from blip3o_jax.inference.model import load_here
 
-  model = load(args.model, **_given(args, "compile_cache"))
-  edited = model.edit(args.image, args.instruction, seed=args.seed, **_settings(args))
+  edited = load_here(args.model, **_loading(args)).edit(args.image, args.instruction, seed=args.seed, **_settings(args))
   for image, picture in zip(args.image, edited, strict=True):
     path = args.out / f"{image.stem}-edited.png"
     write_atomically(path, encode_png(picture))
@@ -96,19 +95,19 @@ def edit(args: argparse.Namespace) -> None:
 def chat(args: argparse.Namespace) -> None:
   """Talk with a model, about pictures if there are any."""
   from blip3o_jax.apps.chat import chat
-  from blip3o_jax.inference.model import load
+  from blip3o_jax.inference.model import load_here
 
   settings = _given(args, "max_new_tokens", "temperature", "top_p", "top_k")
-  chat(load(args.model, **_given(args, "compile_cache")), args.prompt, args.image, args.out, **settings)
+  chat(load_here(args.model, **_loading(args)), args.prompt, args.image, args.out, **settings)
 
 
 def reconstruct(args: argparse.Namespace) -> None:
   """Draw a picture again from its CLIP features."""
   from blip3o_jax.data.outputs import encode_png, write_atomically
-  from blip3o_jax.inference.model import load
+  from blip3o_jax.inference.model import load_here
 
   path = args.out / f"{args.image.stem}.png"
-  write_atomically(path, encode_png(load(args.model, **_given(args, "compile_cache")).reconstruct(args.image)[0]))
+  write_atomically(path, encode_png(load_here(args.model, **_loading(args)).reconstruct(args.image)[0]))
   print(path)
 
 
@@ -116,7 +115,7 @@ def demo(args: argparse.Namespace) -> None:
   """Serve a web page to draw, talk and edit; needs pip install 'blip3o_jax[demo]'."""
   from blip3o_jax.apps import demo
 
-  demo.run(args.model, args.host, args.port, **_given(args, "compile_cache"))
+  demo.run(args.model, args.host, args.port, **_loading(args))
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -165,7 +164,7 @@ def caption(args: argparse.Namespace) -> None:
   _start_jax()
   from blip3o_jax.jobs import caption
 
-  options = _given(args, "batch_size", "fsdp", "compile_cache")
+  options = _given(args, "batch_size") | _loading(args)
   print(caption.run(args.model, args.data, args.out, style=args.style, prompt=args.prompt, **options))
 
 
@@ -258,6 +257,11 @@ def _given(args: argparse.Namespace, *names: str) -> dict:
   return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
+def _loading(args: argparse.Namespace) -> dict:
+  """How the model is loaded."""
+  return _given(args, "fsdp", "compile_cache")
+
+
 def _start_jax() -> None:
   """On this machine or on all of a job, before anything touches a device. What is called here leaves that to it."""
   from blip3o_jax.sharding import distributed
@@ -269,6 +273,6 @@ def _draw_all(args: argparse.Namespace, prompts: Callable) -> None:
   _start_jax()
   from blip3o_jax.jobs import generate
 
-  options = _given(args, "batch_size", "fsdp", "compile_cache")
+  options = _given(args, "batch_size") | _loading(args)
   settings = {"num": args.num, "seed": args.seed, "settings": _settings(args)}
   print(generate.run(args.model, prompts(args.prompts), args.out, **settings, **options))

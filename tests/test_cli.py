@@ -132,7 +132,7 @@ class FakeModel:
 @pytest.fixture
 def model(replace):
   fake = FakeModel()
-  replace("blip3o_jax.inference.model", load=lambda name, **options: fake)
+  replace("blip3o_jax.inference.model", load_here=lambda name, **options: fake)
   return fake
 
 

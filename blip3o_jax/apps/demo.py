@@ -19,7 +19,7 @@ import numpy as np
 from blip3o_jax.apps.buttons import MOST_PICTURES, Buttons, working
 from blip3o_jax.data import shapes
 from blip3o_jax.errors import UserError
-from blip3o_jax.inference.model import Model, load
+from blip3o_jax.inference.model import Model, load_here
 from blip3o_jax.inference.prompts import bucket
 
 _PRIVATE = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -42,11 +42,13 @@ _SHAPES_QUESTIONS = ("what colour is the circle?", "how many squares are there?"
 _SHAPES_INSTRUCTIONS = ("a yellow circle", "a green circle and an orange square")
 
 
-def run(model_name: str | Path, host: str, port: int, compile_cache: str | Path | None = None) -> None:
+def run(
+  model_name: str | Path, host: str, port: int, *, fsdp: int = 1, compile_cache: str | Path | None = None
+) -> None:
   """Serve the page until Ctrl-C.
 
   Args:
-    model_name: whatever `inference.model.load` takes. port: 0 takes a free one; the address is printed.
+    model_name, fsdp: see inference.model.load_here. port: 0 takes a free one; the address is printed.
 
   Raises:
     UserError: Gradio is missing, the address cannot be had, or the model cannot be opened.
@@ -59,7 +61,7 @@ def run(model_name: str | Path, host: str, port: int, compile_cache: str | Path 
       raise UserError("the page needs Gradio: pip install 'blip3o_jax[demo]'") from None
     with _listen(host, port) as listening:
       try:
-        model = load(model_name, compile_cache=compile_cache)
+        model = load_here(model_name, fsdp=fsdp, compile_cache=compile_cache)
         print("compiling what the page needs; it opens when that is done ...", flush=True)
         print(f"compiled in {warm_up(model):.0f} s", flush=True)
         _serve(page(Buttons(model, Path(folder))), listening)

@@ -36,6 +36,7 @@ from blip3o_jax.porting.preprocessor import open_pictures
 from blip3o_jax.porting.source import abstract_params
 from blip3o_jax.sharding import rules
 from blip3o_jax.sharding.distributed import whole
+from blip3o_jax.sharding.mesh import make_mesh
 
 _MOST_KEPT = 16  # null conditions, of as many programs
 
@@ -73,6 +74,19 @@ def load(
     name=source.name,
     mesh=mesh,
   )
+
+
+def load_here(
+  name_or_path: str | os.PathLike, *, fsdp: int = 1, compile_cache: str | os.PathLike | None = None
+) -> "Model":
+  """The model on all devices of this process: batches spread over them, weights cut over groups of `fsdp`.
+
+  Raises:
+    UserError: as `load` does; fsdp does not divide the devices.
+  """
+  devices = jax.local_devices()
+  mesh = make_mesh({"data": -1, "fsdp": fsdp}, devices=devices) if max(len(devices), fsdp) > 1 else None
+  return load(name_or_path, mesh=mesh, compile_cache=compile_cache)
 
 
 class Model:

@@ -18,9 +18,8 @@ from blip3o_jax.data import tars, transforms
 from blip3o_jax.data.outputs import remove_stale, writable_folder
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
-from blip3o_jax.inference.model import Model, load
+from blip3o_jax.inference.model import Model, load_here
 from blip3o_jax.inference.prompts import Row
-from blip3o_jax.jobs.generate import local_mesh
 from blip3o_jax.jobs.parts import Parts, Progress, closing
 
 STYLES = {  # what is asked, and the tokens that an answer may have
@@ -53,7 +52,7 @@ def run(
   if style not in STYLES:
     raise UserError(f"style {style!r} is unknown; choose one of {', '.join(STYLES)}")
   source, out = open_source(data, captions=False), writable_folder(out)
-  model = load(model_name, mesh=local_mesh(fsdp), compile_cache=compile_cache)
+  model = load_here(model_name, fsdp=fsdp, compile_cache=compile_cache)
   words, tokens = STYLES[style]
   asked = prompt or words
   facts = {"data": os.fspath(data), "model": model.digest, "prompt": asked, "max_new_tokens": tokens}

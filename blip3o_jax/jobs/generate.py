@@ -23,10 +23,9 @@ from blip3o_jax.data.inputs import PromptFile
 from blip3o_jax.data.outputs import encode_png, remove_stale, writable_folder, write_atomically
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference.image import Sampling
-from blip3o_jax.inference.model import Model, load
+from blip3o_jax.inference.model import Model, load_here
 from blip3o_jax.inference.prompts import Row, edit_request
 from blip3o_jax.jobs.parts import Parts, Progress, closing
-from blip3o_jax.sharding.mesh import make_mesh
 
 
 class Prompts(Protocol):
@@ -78,12 +77,6 @@ class Rows(PromptFile):
     """Nothing more."""
 
 
-def local_mesh(fsdp: int = 1) -> jax.sharding.Mesh | None:
-  """All devices of this process, batches spread over them; weights cut over groups of `fsdp`."""
-  devices = jax.local_devices()
-  return make_mesh({"data": -1, "fsdp": fsdp}, devices=devices) if len(devices) > 1 else None
-
-
 def picture_facts(prompt: str, seed: int, number: int, sampling: Sampling, model: str) -> dict[str, str]:
   """What a picture's file says of it: the texts of its PNG chunks."""
   settings = json.dumps(dataclasses.asdict(sampling))
@@ -98,10 +91,11 @@ def draw_few(
   num: int = 4,
   seed: int = 0,
   settings: Mapping[str, Any] | None = None,
+  fsdp: int = 1,
   compile_cache: str | Path | None = None,
 ) -> Iterator[tuple[Path, str]]:
   """Draw at once what fits into memory, to OUT/PROMPT-NUMBER.png; yields (file, prompt)."""
-  out, model = writable_folder(out), load(model_name, compile_cache=compile_cache)
+  out, model = writable_folder(out), load_here(model_name, fsdp=fsdp, compile_cache=compile_cache)
   sampling = model.sampling_with(**(settings or {}))
   drawn = model.generate(prompts, num=num, seed=seed, **dataclasses.asdict(sampling))
   for i, (prompt, pictures) in enumerate(zip(prompts, drawn, strict=True)):
@@ -136,7 +130,7 @@ def run(
   if prompts.nums and num not in prompts.nums:
     raise UserError(f"{num} pictures a prompt; the scorer takes {' or '.join(map(str, prompts.nums))}")
   out = writable_folder(out)
-  model = load(model_name, mesh=local_mesh(fsdp), compile_cache=compile_cache)
+  model = load_here(model_name, fsdp=fsdp, compile_cache=compile_cache)
   sampling = model.sampling_with(**(settings or {}))
   facts = {"prompts": prompts.digest, "model": model.digest, "num": num, "seed": seed}
   parts = Parts(out, len(prompts), {**facts, "settings": dataclasses.asdict(sampling)})

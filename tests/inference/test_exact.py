@@ -6,9 +6,13 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 import blip3o_jax
+from blip3o_jax.errors import UserError
+from blip3o_jax.inference.model import load_here
 
 CHILD = """
 import json, sys
@@ -82,6 +86,42 @@ def check(found):
 def test_eight_prompts_of_micro_on_two_four_and_eight_devices():
   """As `micro` draws, with a guided decoder besides."""
   check(measure("micro", {"steps": 10, "decoder_steps": 10, "decoder_guidance": 3.0}, [2, 4, 8]))
+
+
+COMMANDS = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+from blip3o_jax import cli
+model, out = sys.argv[1:]
+model = ["--model", model, "--fsdp", "2"]
+picture = f"{out}/000-0.png"
+assert cli.main(["generate", *model, "--prompt", "a circle", "--num", "1", "--out", out]) == 0
+assert cli.main(["edit", *model, "--image", picture, "--instruction", "a square", "--out", out]) == 0
+assert cli.main(["reconstruct", *model, "--image", picture, "--out", f"{out}/again"]) == 0
+assert cli.main(["chat", *model, "--image", picture, "--prompt", "what is this?"]) == 0
+"""
+
+
+@pytest.mark.slow
+def test_commands_for_one_picture_use_all_devices(tiny_directory, tmp_path):
+  """Weights cut over two of four, as a model needs that is too large for one; the same picture as on one device."""
+  env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+  words = [sys.executable, "-c", COMMANDS, str(tiny_directory), str(tmp_path)]
+  done = subprocess.run(words, capture_output=True, text=True, env=env)
+  assert done.returncode == 0, done.stderr[-3000:]
+  files = ["000-0.png", "000-0-edited.png", "again/000-0.png"]
+  drawn = [np.asarray(Image.open(tmp_path / name)).astype(int) for name in files]
+  model = blip3o_jax.load(tiny_directory)
+  alone = [model.generate("a circle", seed=0)[0][0], model.edit(tmp_path / files[0], "a square", seed=0)[0]]
+  alone.append(model.reconstruct(tmp_path / files[0])[0])
+  for here, there in zip(drawn, alone, strict=True):
+    assert np.abs(here - there).max() <= 1
+
+
+def test_more_devices_than_there_are(tiny_directory):
+  with pytest.raises(UserError, match="does not fit"):
+    load_here(tiny_directory, fsdp=64)
 
 
 @pytest.fixture
