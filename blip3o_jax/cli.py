@@ -6,7 +6,8 @@ What the commands do is in `commands`.
 
 import argparse
 import errno
-import importlib
+import glob
+import importlib.util
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ _INPUT_ERRNOS = {
   errno.EDQUOT,
 }
 _NO_SPACE = "No space left on device"
+_ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   # Python's default ends at once, without the `finally` that removes half-written directories. The trainer puts its own
   # handler on top while it runs.
   before = signal.signal(signal.SIGTERM, _terminated)
+  # libtpu is the planner's compiler. Where it is installed JAX looks for a TPU, and it complains if there is none.
+  if importlib.util.find_spec("libtpu") and not any(map(glob.glob, _ACCELERATORS)):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
   try:
     args.call(args)
     sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -273,6 +274,15 @@ def test_many_problems_are_a_line_each(replace, tmp_path, capsys):
   assert capsys.readouterr().err == (
     "blip3o: x does not fit, 2 problems:\n  a: expected [2], found [3]\n  b: expected [4], found nothing\n"
   )
+
+
+def test_nothing_is_said_of_accelerators_that_are_not_there():
+  """The planner's compiler is installed here, and this is no TPU machine."""
+  pytest.importorskip("libtpu")
+  env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+  words = ["generate", "--model", "micro", "--prompt", "a", "--out", "o", "--fsdp", "64"]
+  done = subprocess.run([sys.executable, "-m", "blip3o_jax", *words], env=env, capture_output=True, text=True)
+  assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "fsdp=64" in done.stderr
 
 
 def test_data_in_one_process_each(tmp_path):
