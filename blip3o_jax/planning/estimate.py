@@ -53,6 +53,7 @@ def estimate(config: ConfigDict, where: Topology, job: str, found: list[Program]
   Raises:
     UserError: as `plan.make` does.
   """
+  config, where = programs.of_a_process(config, where, job)
   parts = config.accumulate if job == "train" else 1
   mesh = programs.make_mesh(config, where, job)
   found = found or programs.build(config, mesh, job)
@@ -186,7 +187,8 @@ def advise(config: ConfigDict, where: Topology, job: str, short: float) -> tuple
 
 def _changes(config: ConfigDict, where: Topology, job: str):
   """Configs that need less memory, the smallest change first: what costs arithmetic, then wires, then batch."""
-  mesh = dict(where.mesh(config.mesh.to_dict()).shape)
+  part, place = programs.of_a_process(config, where, job)
+  mesh = dict(place.mesh(part.mesh.to_dict()).shape)
 
   def changed(**fields) -> ConfigDict:
     new = config.copy_and_resolve_references()
@@ -200,7 +202,8 @@ def _changes(config: ConfigDict, where: Topology, job: str):
   while sizes["data"] % 2 == 0:
     sizes = sizes | {"data": sizes["data"] // 2, "fsdp": sizes["fsdp"] * 2}
     yield changed(mesh=sizes), f"--config.mesh.data={sizes['data']} --config.mesh.fsdp={sizes['fsdp']}"
-  chips, batch = mesh["slice"] * mesh["data"] * mesh["fsdp"], config.batch_size
+  hosts = len(where.devices) // len(place.devices)
+  chips, batch = hosts * mesh["slice"] * mesh["data"] * mesh["fsdp"], config.batch_size
   parts = config.accumulate
   while job == "train" and batch // (2 * parts) >= chips and batch % (2 * parts * chips) == 0:
     parts *= 2

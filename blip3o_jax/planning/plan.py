@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -19,7 +20,8 @@ class Plan:
   """What `make` found. `costs` holds a program each (drawing a picture has two), one after the other on the same chips.
 
   Attributes:
-    job: train | generate | cache-features; mesh: devices along each axis; images: the global batch.
+    job: train | generate | cache-features; images: the global batch.
+    mesh: devices along each axis, of a program: of training on all chips, of other jobs on those of each host.
     short: bytes that are missing on a device, 0 where it fits.
     advice: if it does not fit, what takes the space and the smallest change that would make it fit.
   """
@@ -60,11 +62,12 @@ def make(config: ConfigDict, name: str, *, slices: int = 1, job: str = "train", 
     UserError: unknown topology, no compiler, a batch or a mesh that does not divide.
   """
   where = topology.get(name, slices)
-  mesh = programs.make_mesh(config, where, job)
+  part, place = programs.of_a_process(config, where, job)
+  mesh = programs.make_mesh(part, place, job)
   found, short, advice = [], 0.0, ()
   try:
-    for program in programs.build(config, mesh, job):
-      found.append(cost.compile_program(program, mesh, where.chip, config.batch_size))
+    for program in programs.build(part, mesh, job):
+      found.append(cost.compile_program(program, mesh, where.chip, part.batch_size))
     short = max(c.memory.peak for c in found) - where.chip.hbm
   except OutOfMemory as error:
     found, short = [], error.used - error.available
@@ -115,8 +118,10 @@ def page(plan: Plan) -> str:
   """The plan for people."""
   chip, mesh = plan.topology.chip, ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
   chips = len(plan.topology.devices)
+  hosts = chips // math.prod(plan.mesh.values())
+  mesh = (mesh or "of one") + (f" on each of {hosts} hosts" if hosts > 1 else "")
   lines = [
-    f"{plan.job} on {plan.topology.slices} x {plan.topology.name} ({chips} x {chip.kind}), mesh {mesh or 'of one'}",
+    f"{plan.job} on {plan.topology.slices} x {plan.topology.name} ({chips} x {chip.kind}), mesh {mesh}",
     f"batch of {plan.images} images, {plan.images / chips:g} a chip; remat {plan.remat or 'as the preset says'}",
     f"chip: {_size(chip.hbm)} usable, {chip.flops / 1e12:g} Tflop/s bfloat16, HBM {_speed(chip.hbm_bandwidth)}, "
     f"ICI {_speed(chip.ici_bandwidth)} out, DCN {_speed(chip.dcn_bandwidth)}  ({chip.source})",

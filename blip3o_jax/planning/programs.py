@@ -50,8 +50,26 @@ class Program:
   flops: dict[str, float]
 
 
+def of_a_process(config: ConfigDict, where: Topology, job: str) -> tuple[ConfigDict, Topology]:
+  """What one program of a job does, and where: training is one on all chips; pictures and features (jobs.generate,
+  jobs.cache_features) are drawn and computed by every host for itself, on its chips, each with its share of a batch.
+
+  Raises:
+    UserError: the batch does not divide over the hosts.
+  """
+  if job == "train":
+    return config, where
+  host = where.host()
+  hosts = len(where.devices) // len(host.devices)
+  if config.batch_size % hosts:
+    raise UserError(f"batch_size {config.batch_size} does not divide over the {hosts} hosts of {where.name}")
+  part = config.copy_and_resolve_references()
+  part.batch_size = config.batch_size // hosts
+  return part, host
+
+
 def make_mesh(config: ConfigDict, where: Topology, job: str) -> Mesh:
-  """The mesh of a job on a topology. Raises UserError as sharding.mesh.make_mesh does."""
+  """The mesh of a program of a job on a topology. Raises UserError as sharding.mesh.make_mesh does."""
   parts = config.accumulate if job == "train" else 1
   return where.mesh(config.mesh.to_dict(), batch_size=config.batch_size, parts=parts)
 
@@ -136,7 +154,8 @@ def _generate(config: ConfigDict, mesh: Mesh) -> list[Program]:
   b, length = config.batch_size, config.data.get("max_length", 128)
   array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((b, *shape), dtype, sharding=rows)
   keys = jax.ShapeDtypeStruct((b,), jax.random.key(0).dtype, sharding=rows)
-  params = abstract_params(cfg, ("backbone", "queries", "dit", "unet", "vae"), jnp.bfloat16, mesh)
+  # All that a model directory holds is loaded; the encoder lies there for pictures in a prompt.
+  params = abstract_params(cfg, ("backbone", "queries", "dit", "clip", "unet", "vae"), jnp.bfloat16, mesh)
   prompt = array(length, dtype=jnp.int32), array(length, dtype=jnp.bool_), array(3, length, dtype=jnp.int32)
   features = array(side**2, cfg.dit.in_channels)
   first, second = (model, params, *prompt, keys), (model, params, features, features, keys)

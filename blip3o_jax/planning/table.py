@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from blip3o_jax.data.outputs import write_atomically
 from blip3o_jax.errors import UserError
-from blip3o_jax.planning import plan, topology
+from blip3o_jax.planning import plan, programs, topology
 from blip3o_jax.training.config import load_config
 
 CHIPS = (8, 64, 256)
@@ -47,7 +47,7 @@ ROWS = (
   Row("pretrain-4b", "pretraining 4B", "pretrain_4b.py", "train", 8),
   Row("instruct-8b", "instruction tuning 8B", "instruct_8b.py", "train", 8),
   Row("features-8b", "feature caching", "pretrain_8b.py", "cache-features", 16),
-  Row("sampling-8b", "1024-pixel pictures, 8B", "pretrain_8b.py", "generate", 2),
+  Row("sampling-8b", "1024-pixel pictures, 8B", "pretrain_8b.py", "generate", 1),
 )
 
 
@@ -70,13 +70,16 @@ def run(directory: Path, configs: Path, only: Sequence[str] = ()) -> None:
     config = cell_config(cell, configs)
     row, generation, chips = _parts(cell)
     name = f"{generation}:{SHAPES[generation][CHIPS.index(chips)]}"
-    program = versions | {"config": _stamp(config), "job": row.job, "topology": name}
+    part, place = programs.of_a_process(config, topology.get(name), row.job)
+    program = versions | {"config": _stamp(part), "job": row.job, "topology": place.name}
     same = {key: record for key, record in known.items() if program.items() <= record["made"].items()}
     if cell in same:
       continue
     print(f"{cell} ...", flush=True)
-    if same:  # rows that differ in their data alone
+    if same:  # rows that differ in their data alone, or in the number of hosts that do the same
       content = next(iter(same.values()))
+      rate = config.batch_size / content["bound_seconds"] if content["fits"] else 0.0
+      content |= {"topology": name, "images": config.batch_size, "bound_images_per_second": rate}
     else:
       content = plan.record(plan.make(config, name, job=row.job, advise=False)) | {"made": program | {"date": today}}
     known[cell] = content | {"cell": cell}

@@ -52,6 +52,7 @@ class Chip:
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+_HOST = 4  # chips, as libtpu cuts every slice of more
 _MEGACORE = {"chip_config_name": "megacore"}
 _DOCS = "https://docs.cloud.google.com/tpu/docs"
 _GIB = 2**30
@@ -72,6 +73,14 @@ class Topology:
   slices: int
   chip: Chip
   devices: tuple[jax.Device, ...]
+
+  def host(self) -> "Topology":
+    """What one process has of it: the four chips of a host, or all of a slice that is smaller."""
+    if len(self.devices) <= _HOST:
+      return self
+    generation = self.name.partition(":")[0]
+    shapes = self.chip.shapes
+    return get(f"{generation}:{next(shape for shape in shapes if _chips(shape) == _HOST)}")
 
   def mesh(self, sizes: Mapping[str, int], *, batch_size: int = 0, parts: int = 1) -> Mesh:
     """The mesh that training makes on the real slice. Raises UserError as sharding.mesh.make_mesh does."""
@@ -97,9 +106,13 @@ def get(name: str, slices: int = 1) -> Topology:
     raise UserError(f"--slices is {slices}; there is at least one")
   compiler()
   devices = _describe(name, chip, slices).devices
-  if len(devices) != slices * math.prod(map(int, re.findall(r"\d+", shape))):
+  if len(devices) != slices * _chips(shape):
     raise RuntimeError(f"libtpu describes {name} with {len(devices)} devices")
   return Topology(name, slices, chip, tuple(devices))
+
+
+def _chips(shape: str) -> int:
+  return math.prod(map(int, re.findall(r"\d+", shape)))
 
 
 def compiler() -> str:

@@ -42,6 +42,17 @@ def test_slices_have_an_axis_of_their_own():
   assert {d.slice_index for d in mesh.devices[0].flat} == {0}
 
 
+@pytest.mark.parametrize(
+  "name, slices, host", [("v5e:8x8", 2, "v5e:2x2"), ("v4:2x2x2", 1, "v4:2x2x1"), ("v6e:1x1", 1, "v6e:1x1")]
+)
+def test_a_host_is_what_the_compiler_says_it_is(name, slices, host):
+  pytest.importorskip("libtpu")
+  whole = topology.get(name, slices)
+  own = [d for d in whole.devices if d.process_index == 0]
+  found = whole.host()
+  assert (found.name, found.slices, len(found.devices)) == (host, 1, len(own))
+
+
 def test_nothing_is_said_on_the_terminal():
   """libtpu complains of a missing TPU, at the level of the process."""
   pytest.importorskip("libtpu")
