@@ -13,6 +13,7 @@ import pytest
 import small
 
 from blip3o_jax import cli
+from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
 from blip3o_jax.planning import cost, estimate, plan, programs, topology
 from blip3o_jax.sharding.mesh import make_mesh
@@ -188,6 +189,22 @@ def test_the_8b_compiles_for_a_pod():
   found = plan.make(load_config("configs/pretrain_8b.py"), "v5e:16x16")
   assert found.fits and found.costs[0].compile_seconds < 480
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 < 12
+
+
+def test_every_host_draws_for_itself(tmp_path):
+  """As jobs.generate and jobs.cache_features run: a mesh of its own chips, and its share of the batch."""
+  pytest.importorskip("libtpu")
+  config, where = small.config(tmp_path, "mesh.data=-1"), topology.get("v5e:4x4")
+  for job, rows, chips in (("train", 16, 16), ("generate", 4, 4), ("cache-features", 4, 4)):
+    part, place = programs.of_a_process(config, where, job)
+    mesh = programs.make_mesh(part, place, job)
+    assert (part.batch_size, mesh.size) == (rows, chips)
+    (program, *_) = programs.build(part, mesh, job)
+    assert rows in {x.shape[0] for x in jax.tree.leaves(program.arguments) if x.shape}
+  whole, one = (estimate.estimate(config, topology.get(n), "generate").peak for n in ("v5e:4x4", "v5e:2x2"))
+  assert one > whole
+  with pytest.raises(UserError, match="4 hosts"):
+    programs.of_a_process(small.config(tmp_path, "batch_size=18"), where, "generate")
 
 
 EIGHT = """

@@ -34,6 +34,12 @@ def test_cells_are_kept_and_old_ones_made_again(tmp_path, monkeypatch, capsys):
   shown = (tmp_path / "table.md").read_text()
   assert "| pretraining 8B, 8 | v5e |" in shown and "not measured speeds" in shown and "4B" not in shown
   assert "polyline" in (tmp_path / "scaling.svg").read_text()
+  own = ["features-8b:v5e:64", "features-8b:v5e:256"]
+  table.run(tmp_path, ROOT / "configs", own)
+  assert made[5:] == [(1024, "v5e:8x8")]  # hosts that do the same, each for itself
+  few, many = (table.read(tmp_path)[cell] for cell in own)
+  assert (many["images"], many["topology"]) == (4096, "v5e:16x16") and many["programs"] == few["programs"]
+  assert many["bound_images_per_second"] == 4096 / few["bound_seconds"]
   with pytest.raises(UserError, match="is no cell"):
     table.run(tmp_path, ROOT / "configs", ["pretrain-9b:v5e:64"])
 
