@@ -27,7 +27,7 @@ _BF16, _F32 = 2, 4
 _CODE = {"train": 110 * 2**20, "generate": 320 * 2**20, "cache-features": 16 * 2**20}
 # While a layer's weights are used, those of the next one are gathered already; backwards there are gradients as well.
 _FORWARD, _BACKWARD = 1.9, 6.3
-_FEW = 8  # chips
+_WINDOWED = 8  # chips; over 4 and over 64 the compiler does not
 # How much memory the compiler spends on gathered weights and products to be faster, beside what it does for v4 and v5e.
 _SPENT = {"v5p": 1.15, "v6e": 0.915}
 
@@ -106,8 +106,8 @@ class _Shapes:
     return _BF16 * self.rows * tokens * sum(widths)
 
   def products(self, tokens: int, *widths: float) -> float:
-    """The same while they are computed: over a few chips part by part as weights arrive, into a space of their own."""
-    return self.wide(tokens, *widths) * (2 if 1 < self.mesh.shape["fsdp"] <= _FEW else 1)
+    """The same while they are computed: over eight chips part by part as weights arrive, into a space of their own."""
+    return self.wide(tokens, *widths) * (2 if self.mesh.shape["fsdp"] == _WINDOWED else 1)
 
   def memory_of_prompt(self) -> float:
     """Keys and values of the prompt in all layers."""
