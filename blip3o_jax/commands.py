@@ -207,7 +207,8 @@ def bench_parts(args: argparse.Namespace) -> None:
 
 
 def bench_curves(args: argparse.Namespace) -> None:
-  """Time against batch, depth and length, as a plot with the slopes named."""
+  """Time against batch, depth, length and devices, as a plot with the slopes named."""
+  _start_jax()
   from blip3o_jax.benchmarks import curves
 
   curves.run(preset=args.preset, out=args.out)

@@ -2,7 +2,8 @@
 with the slopes named.
 
 Both axes are logarithms, in multiples of the first point: slope 1 is time in proportion; below 1 there is something to
-gain from more at once; above 1 something is quadratic. Of devices, which share one batch, -1 is all that can be had.
+gain from more at once; above 1 something is quadratic. Of devices, which share one batch, -1 is all that can be had; on
+a CPU they are simulated, as in training, and share its cores, all of which one device uses as well: 0 loses nothing.
 """
 
 import dataclasses
