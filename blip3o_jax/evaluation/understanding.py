@@ -18,7 +18,7 @@ from typing import Any
 
 from blip3o_jax.data.pictures import QwenPictures
 from blip3o_jax.errors import CheckFailed, UserError
-from blip3o_jax.inference.model import load
+from blip3o_jax.inference.model import load_here
 
 MIN_PIXELS, MAX_PIXELS = 256 * 28 * 28, 1605632
 
@@ -88,15 +88,19 @@ def _adapter() -> type:
   from lmms_eval.api.model import lmms
 
   class Blip3oJax(lmms):
-    """lmms-eval's view of a model of this package. `pretrained`: whatever `load` takes."""
+    """lmms-eval's view of a model of this package. `pretrained`, `fsdp`: see inference.model.load_here."""
 
     is_simple = True
 
-    def __init__(self, pretrained="micro", batch_size=16, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, **unused):
+    def __init__(
+      self, pretrained="micro", batch_size=16, fsdp=1, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, **unused
+    ):
       super().__init__()
       if unused := {key: value for key, value in unused.items() if key not in ("device", "max_batch_size")}:
-        raise UserError(f"model argument {min(unused)!r} is unknown; there are pretrained, min_pixels, max_pixels")
-      self.model, self.batch_size = load(pretrained), int(batch_size)
+        raise UserError(
+          f"model argument {min(unused)!r} is unknown; there are pretrained, fsdp, min_pixels, max_pixels"
+        )
+      self.model, self.batch_size = load_here(pretrained, fsdp=int(fsdp)), int(batch_size)
       pictures = self.model.prompts.pictures
       if isinstance(pictures, QwenPictures):  # SigLIP2 has one size for all
         limits = {"min_pixels": int(min_pixels), "max_pixels": int(max_pixels)}
