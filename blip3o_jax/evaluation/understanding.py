@@ -97,9 +97,7 @@ def _adapter() -> type:
     ):
       super().__init__()
       if unused := {key: value for key, value in unused.items() if key not in ("device", "max_batch_size")}:
-        raise UserError(
-          f"model argument {min(unused)!r} is unknown; there are pretrained, fsdp, min_pixels, max_pixels"
-        )
+        raise UserError(f"model argument {min(unused)!r} is unknown; take pretrained, fsdp, min_pixels, max_pixels")
       self.model, self.batch_size = load_here(pretrained, fsdp=int(fsdp)), int(batch_size)
       pictures = self.model.prompts.pictures
       if isinstance(pictures, QwenPictures):  # SigLIP2 has one size for all
