@@ -150,7 +150,8 @@ def _words(record: Mapping[str, Any]) -> str:
   if not record["fits"]:
     return f"no fit, {record['short_bytes'] / 2**30:.1f} GiB short"
   bound = max(record["programs"], key=lambda p: max(p["bounds"].values()))["bound_by"]
-  return f"{record['peak_bytes'] / 2**30:.1f} GiB, {record['bound_images_per_second']:,.0f}/s ({bound})"
+  rate = record["bound_images_per_second"]
+  return f"{record['peak_bytes'] / 2**30:.1f} GiB, {rate:,.{1 if rate < 10 else 0}f}/s ({bound})"
 
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 480, 300, 60, 60
