@@ -27,7 +27,8 @@ _BF16, _F32 = 2, 4
 _CODE = {"train": 110 * 2**20, "generate": 320 * 2**20, "cache-features": 16 * 2**20}
 # While a layer's weights are used, those of the next one are gathered already; backwards there are gradients as well.
 _FORWARD, _BACKWARD = 1.9, 6.3
-_WINDOWED = 8  # chips; over 4 and over 64 the compiler does not
+# Over so many chips the compiler cuts products into windows; over 4 and over 64 it does not.
+_WINDOWED = 8
 # How much memory the compiler spends on gathered weights and products to be faster, beside what it does for v4 and v5e.
 _SPENT = {"v5p": 1.15, "v6e": 0.915}
 # How often the VAE's widest activations lie there at once, in float32, while it decodes.
@@ -189,8 +190,7 @@ def advise(config: ConfigDict, where: Topology, job: str, short: float) -> tuple
 
 def _changes(config: ConfigDict, where: Topology, job: str):
   """Configs that need less memory, the smallest change first: what costs arithmetic, then wires, then batch."""
-  part, place = programs.of_a_process(config, where, job)
-  mesh = dict(place.mesh(part.mesh.to_dict()).shape)
+  mesh = dict(programs.place_of(job, where).mesh(config.mesh.to_dict()).shape)
 
   def changed(**fields) -> ConfigDict:
     new = config.copy_and_resolve_references()
@@ -204,8 +204,7 @@ def _changes(config: ConfigDict, where: Topology, job: str):
   while sizes["data"] % 2 == 0:
     sizes = sizes | {"data": sizes["data"] // 2, "fsdp": sizes["fsdp"] * 2}
     yield changed(mesh=sizes), f"--config.mesh.data={sizes['data']} --config.mesh.fsdp={sizes['fsdp']}"
-  hosts = len(where.devices) // len(place.devices)
-  chips, batch = hosts * mesh["slice"] * mesh["data"] * mesh["fsdp"], config.batch_size
+  chips, batch = len(where.devices) // mesh["tensor"], config.batch_size
   parts = config.accumulate
   while job == "train" and batch // (2 * parts) >= chips and batch % (2 * parts * chips) == 0:
     parts *= 2

@@ -50,22 +50,25 @@ class Program:
   flops: dict[str, float]
 
 
+def place_of(job: str, where: Topology) -> Topology:
+  """Where one program of a job runs: training is one on all chips; pictures and features (jobs.generate,
+  jobs.cache_features) are drawn and computed by every host for itself, on its chips."""
+  return where if job == "train" else where.host()
+
+
 def of_a_process(config: ConfigDict, where: Topology, job: str) -> tuple[ConfigDict, Topology]:
-  """What one program of a job does, and where: training is one on all chips; pictures and features (jobs.generate,
-  jobs.cache_features) are drawn and computed by every host for itself, on its chips, each with its share of a batch.
+  """What one program of a job does, its share of a batch, and its place.
 
   Raises:
     UserError: the batch does not divide over the hosts.
   """
-  if job == "train":
-    return config, where
-  host = where.host()
-  hosts = len(where.devices) // len(host.devices)
-  if config.batch_size % hosts:
-    raise UserError(f"batch_size {config.batch_size} does not divide over the {hosts} hosts of {where.name}")
+  place = place_of(job, where)
+  times = len(where.devices) // len(place.devices)
+  if config.batch_size % times:
+    raise UserError(f"batch_size {config.batch_size} does not divide over the {times} hosts of {where.name}")
   part = config.copy_and_resolve_references()
-  part.batch_size = config.batch_size // hosts
-  return part, host
+  part.batch_size = config.batch_size // times
+  return part, place
 
 
 def make_mesh(config: ConfigDict, where: Topology, job: str) -> Mesh:

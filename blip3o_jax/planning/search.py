@@ -34,7 +34,7 @@ def candidates(config: ConfigDict, where: Topology, job: str) -> list[Candidate]
   Meshes are data * fsdp * tensor = chips of a slice, in powers of two; a model's axes need not divide (what does not is
   whole on every chip). Remat matters to training alone.
   """
-  place = where if job == "train" else where.host()
+  place = programs.place_of(job, where)
   chips = len(place.devices) // place.slices
   policies = [name for name in REMAT_POLICIES if name != "none"] if job == "train" else [config.remat]
   powers = [2**i for i in range(chips.bit_length()) if chips % 2**i == 0]
@@ -48,9 +48,9 @@ def candidates(config: ConfigDict, where: Topology, job: str) -> list[Candidate]
       with new.unlocked():
         new.update(mesh=mesh, batch_size=images * len(where.devices), accumulate=1, remat=remat)
       try:
-        # Building takes a second, and only the mesh matters to it.
-        part, _ = programs.of_a_process(new, where, job)
-        built = built or programs.build(part, programs.make_mesh(part, place, job), job)
+        if built is None:  # it takes a second, and only the mesh matters to it
+          part, _ = programs.of_a_process(new, where, job)
+          built = programs.build(part, programs.make_mesh(part, place, job), job)
         guess = estimate.estimate(new, where, job, built)
       except UserError:  # the hosts or the batch do not divide
         continue

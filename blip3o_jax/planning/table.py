@@ -77,9 +77,9 @@ def run(directory: Path, configs: Path, only: Sequence[str] = ()) -> None:
       continue
     print(f"{cell} ...", flush=True)
     if same:  # rows that differ in their data alone, or in the number of hosts that do the same
-      content = next(iter(same.values()))
-      rate = config.batch_size / content["bound_seconds"] if content["fits"] else 0.0
-      content |= {"topology": name, "images": config.batch_size, "bound_images_per_second": rate}
+      twin = next(iter(same.values()))
+      rate = config.batch_size / twin["bound_seconds"] if twin["fits"] else 0.0
+      content = twin | {"topology": name, "images": config.batch_size, "bound_images_per_second": rate}
     else:
       content = plan.record(plan.make(config, name, job=row.job, advise=False)) | {"made": program | {"date": today}}
     known[cell] = content | {"cell": cell}
