@@ -72,19 +72,15 @@ class EulerDiscreteConfig:
     }
 
 
-def _alphas_cumprod(cfg: EulerDiscreteConfig) -> np.ndarray:
+def alphas_cumprod(cfg: EulerDiscreteConfig) -> np.ndarray:
+  """The share of signal variance left at each training step: float64 [train_steps]."""
   betas = np.linspace(cfg.beta_start**0.5, cfg.beta_end**0.5, cfg.train_steps) ** 2
   return np.cumprod(1.0 - betas)
 
 
-def alphas_cumprod(cfg: EulerDiscreteConfig = EulerDiscreteConfig()) -> jax.Array:
-  """The share of signal variance left at each training step: float32 [train_steps]."""
-  return jnp.asarray(_alphas_cumprod(cfg), jnp.float32)
-
-
 def _signal_and_noise(cfg, t, ndim):
   """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at t int [B], shaped to multiply [B, ...] of `ndim` axes."""
-  table = _alphas_cumprod(cfg)
+  table = alphas_cumprod(cfg)
   pick = lambda values: jnp.asarray(values, jnp.float32)[t].reshape(-1, *(1,) * (ndim - 1))
   return pick(np.sqrt(table)), pick(np.sqrt(1.0 - table))
 
@@ -124,7 +120,7 @@ def euler_tables(cfg: EulerDiscreteConfig, steps: int) -> EulerTables:
   if steps < 1 or stride < 1 or stride * (steps - 1) + cfg.steps_offset >= cfg.train_steps:
     raise UserError(f"Euler sampler: {steps} steps do not fit {cfg.train_steps} training steps; choose fewer")
   timesteps = np.arange(steps)[::-1] * stride + cfg.steps_offset
-  table = _alphas_cumprod(cfg)[timesteps]
+  table = alphas_cumprod(cfg)[timesteps]
   sigmas = np.append(np.sqrt((1.0 - table) / table), 0.0).astype(np.float32)
   return EulerTables(sigmas, timesteps.astype(np.float32), float(np.sqrt(sigmas[0] ** 2 + 1.0)))
 

@@ -24,7 +24,8 @@ class SwiGLU(nn.Module):
     kinds["kernel_init"] = self.kernel_init
     gate = Dense(self.hidden, ("embed", "mlp"), name="gate", **kinds)(x)
     up = Dense(self.hidden, ("embed", "mlp"), name="up", **kinds)(x)
-    return Dense(x.shape[-1], ("mlp", "embed"), name="down", **kinds)(nn.silu(gate) * up)
+    gate = nn.silu(gate.astype(jnp.float32)).astype(gate.dtype)  # rounded once, as torch's
+    return Dense(x.shape[-1], ("mlp", "embed"), name="down", **kinds)(gate * up)
 
 
 class GLUMBConv(nn.Module):

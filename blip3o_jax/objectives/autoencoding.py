@@ -28,7 +28,7 @@ def loss(params, batch, rng, *, model, cfg):
 def _loss(params, batch, rng, *, model, kl_weight: float = 1e-6, moment_weight: float = 0.1):
   images = batch["pixels"].astype(jnp.float32) / 127.5 - 1.0
   mean, logvar = model.apply({"params": params}, images, method="vae_encode")
-  noise = jax.random.normal(rng, mean.shape, mean.dtype)
+  noise = jax.random.normal(rng, mean.shape)
   out = model.apply({"params": params}, mean + jnp.exp(0.5 * logvar) * noise, method="vae_decode")
   error = out.astype(jnp.float32) - images
   mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)

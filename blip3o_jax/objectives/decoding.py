@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.diffusion import euler_discrete, flow_matching
+from blip3o_jax.errors import UserError
 from blip3o_jax.models import flops
 from blip3o_jax.models.flops import Pass
 from blip3o_jax.objectives import at_high_noise
@@ -37,6 +38,8 @@ def loss(params, batch, rng, *, model, cfg):
 def _loss(params, batch, rng, *, model, drop: float = 0.1, noise: float = 0.0):
   call = lambda *args, method: model.apply({"params": params}, *args, method=method)
   process = model.cfg.decoder_process
+  if not isinstance(process, euler_discrete.EulerDiscreteConfig):
+    raise UserError("objective decoding: this model's decoder draws by flow matching; take objective flow_decoding")
   pixels = batch["pixels"]
   b = pixels.shape[0]
   time_rng, noise_rng, drop_rng, share_rng, mix_rng = jax.random.split(rng, 5)

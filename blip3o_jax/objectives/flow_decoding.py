@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.diffusion import flow_matching
+from blip3o_jax.diffusion.dpm_solver import DPMSolverConfig
+from blip3o_jax.errors import UserError
 from blip3o_jax.objectives import at_high_noise, decoding
 
 COMPONENTS = decoding.COMPONENTS
@@ -22,6 +24,8 @@ def loss(params, batch, rng, *, model, cfg):
 
 def _loss(params, batch, rng, *, model, drop: float = 0.1, times: str = "discrete"):
   call = lambda *args, method: model.apply({"params": params}, *args, method=method)
+  if not isinstance(model.cfg.decoder_process, DPMSolverConfig):
+    raise UserError("objective flow_decoding: this model's decoder predicts noise; take objective decoding")
   pixels = batch["pixels"]
   b = pixels.shape[0]
   time_rng, noise_rng, drop_rng = jax.random.split(rng, 3)
@@ -31,7 +35,7 @@ def _loss(params, batch, rng, *, model, drop: float = 0.1, times: str = "discret
   context = jax.lax.stop_gradient(jnp.where(dropped, null, context))
   latents = jax.lax.stop_gradient(call(pixels, method="picture_latents"))
   sigma, t = flow_matching.sample_times(time_rng, b, mode=times)
-  noise = jax.random.normal(noise_rng, latents.shape, latents.dtype)
+  noise = jax.random.normal(noise_rng, latents.shape)
   velocity = call(flow_matching.interpolate(latents, noise, sigma), t, context, method="unet_predict")
 
   mse = jnp.mean(jnp.square(velocity.astype(jnp.float32) - flow_matching.target(latents, noise)), axis=(1, 2, 3))

@@ -66,7 +66,8 @@ def _loss(
   time_rng, noise_rng, drop_rng = jax.random.split(rng, 3)
   condition = flow_matching.drop_condition(drop_rng, condition, drop)
   sigma, t = flow_matching.sample_times(time_rng, b, mode=times, shift=shift)
-  noise = jax.random.normal(noise_rng, x1.shape, x1.dtype)
+  # Drawn in float32, as the sampler does: a draw in bfloat16 has 128 values, none beyond 3, and not quite mean 0.
+  noise = jax.random.normal(noise_rng, x1.shape).astype(x1.dtype)
   velocity = call(flow_matching.interpolate(x1, noise, sigma), t, condition, method="velocity")
 
   target = flow_matching.target(x1, noise).astype(jnp.float32)

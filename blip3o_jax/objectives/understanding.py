@@ -21,7 +21,7 @@ def passes(cfg, shapes, args):
 def loss(params, batch, rng, *, model, cfg):
   """Next-token cross entropy over `labels` != -100, summed; the weight is the number of such tokens.
 
-  `batch`: tokens, token_mask, labels [B, L], positions [B, 3, L], and patches, patch_pos, patch_image, patch_window.
+  `batch`: tokens, token_mask, labels [B, L], positions [B, 3, L], and the backbone's `image_keys`.
   """
   del rng, cfg
   logits = model.apply({"params": params}, batch, method="understand")  # [B, L, V]

@@ -89,7 +89,7 @@ def test_a_perfect_network_leads_to_the_picture(prediction):
 
   def perfect(x, t):
     row = jnp.full((x.shape[0],), t.astype(jnp.int32))
-    a = jnp.sqrt(alphas_cumprod(cfg)[row])[:, None, None, None]
+    a = jnp.sqrt(jnp.asarray(alphas_cumprod(cfg), jnp.float32)[row])[:, None, None, None]
     seen_noise = (x - a * picture) / jnp.sqrt(1 - a**2)
     return training_target(cfg, jnp.asarray(picture), seen_noise, row)
 
@@ -121,11 +121,11 @@ def test_noise_and_v_target_invert():
   x, noise = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 2))
   t = jnp.array([0, 500, 999])
   noisy, v = add_noise(cfg, x, noise, t), training_target(cfg, x, noise, t)
-  table = alphas_cumprod(cfg)[t][:, None, None, None]
+  table = jnp.asarray(alphas_cumprod(cfg), jnp.float32)[t][:, None, None, None]
   assert relative_error(jnp.sqrt(table) * noisy - jnp.sqrt(1 - table) * v, x) < 1e-5
   assert relative_error(noisy[0], x[0]) < 0.1 and relative_error(noisy[2], noise[2]) < 0.1
   np.testing.assert_array_equal(training_target(EulerDiscreteConfig(), x, noise, t), noise)
-  assert abs(float(alphas_cumprod()[0]) - 0.99915) < 1e-6
+  assert abs(alphas_cumprod(EulerDiscreteConfig())[0] - 0.99915) < 1e-6
 
 
 def test_bad_requests():

@@ -3,16 +3,23 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 from decoders import Fake
 
-from blip3o_jax.objectives import flow_decoding
+from blip3o_jax.diffusion.dpm_solver import DPMSolverConfig
+from blip3o_jax.diffusion.euler_discrete import EulerDiscreteConfig
+from blip3o_jax.errors import UserError
+from blip3o_jax.objectives import decoding, flow_decoding
 
 B = 48
 
 
-def run(**cfg):
-  model, batch = Fake(B, latents=(1.0, 2.0)), {"pixels": jnp.asarray(tiny.pixels(B))}
+def run(process=None, **cfg):
+  model, batch = (
+    Fake(B, latents=(1.0, 2.0), process=process or DPMSolverConfig()),
+    {"pixels": jnp.asarray(tiny.pixels(B))},
+  )
   return model, flow_decoding.loss({}, batch, jax.random.key(0), model=model, cfg=cfg)
 
 
@@ -32,6 +39,13 @@ def test_formula():
   np.testing.assert_allclose(metrics["mse_high_noise"] / B, mse[t > 800].mean(), rtol=1e-3)
   between = np.asarray(run(times="continuous")[0].seen["unet_predict"][1])
   assert np.abs(between - np.round(between)).max() > 0.1
+
+
+def test_each_kind_of_decoder_has_its_objective():
+  with pytest.raises(UserError, match="take objective decoding"):
+    run(process=EulerDiscreteConfig())
+  with pytest.raises(UserError, match="take objective flow_decoding"):
+    decoding.loss({}, {}, jax.random.key(0), model=Fake(B, process=DPMSolverConfig()), cfg={})
 
 
 def test_a_dropped_picture_is_a_black_one():

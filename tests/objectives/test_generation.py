@@ -19,10 +19,8 @@ B, SIDE, C, Q = 48, 4, 3, 5
 class Fake:
   """In place of the model: notes what it is asked for and answers with simple functions."""
 
-  dtype = jnp.float32
-
-  def __init__(self):
-    self.seen = {}
+  def __init__(self, dtype=jnp.float32):
+    self.dtype, self.seen = dtype, {}
     rng = np.random.default_rng(0)
     self.features = jnp.asarray(rng.normal(2.0, 1.0, (B, SIDE**2, C)), jnp.float32)
     self.states = jnp.asarray(rng.normal(size=(B, Q, 8)), jnp.float32)
@@ -35,8 +33,8 @@ class Fake:
     return {"image_target": self.features, "query_states": self.states}[method]
 
 
-def run(seed=0, **cfg):
-  model = Fake()
+def run(seed=0, dtype=jnp.float32, **cfg):
+  model = Fake(dtype)
   tokens, mask, positions = tiny.prompts([3] * B, pad_to=4)
   batch = {"tokens": tokens, "token_mask": mask, "positions": positions, "pixels": np.zeros((B, 2, 2, 3), np.uint8)}
   return model, generation.loss({}, batch, jax.random.key(seed), model=model, cfg=cfg)
@@ -59,6 +57,18 @@ def test_path_target_and_time():
   np.testing.assert_allclose(total, mse.sum(), rtol=1e-3)
   assert weight == B
   np.testing.assert_allclose(metrics["mse_high_noise"] / weight, mse[sigma[:, 0, 0, 0] > 0.8].mean(), rtol=1e-3)
+
+
+def test_noise_in_bfloat16_has_the_tails_of_a_normal():
+  """jax draws bfloat16 from 8 bits: never above 2.52."""
+  (x, t, _), _ = run(dtype=jnp.bfloat16)[0].seen["velocity"]
+  assert x.dtype == jnp.bfloat16
+  sigma = np.asarray(t, np.float64)[:, None, None, None] / 1000
+  features = np.asarray(Fake().features, np.float64).reshape(x.shape)
+  noise = (np.asarray(x, np.float64) - (1 - sigma) * features)[sigma[:, 0, 0, 0] > 0.5] / sigma[sigma > 0.5][
+    :, None, None, None
+  ]
+  assert noise.max() > 2.7 and abs(noise.std() - 1) < 0.1
 
 
 def test_times_of_the_paper_lie_between_the_grid():

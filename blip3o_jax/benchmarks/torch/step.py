@@ -84,4 +84,5 @@ def _draws(seed: int, number: int, batch: int, cfg: Blip3oConfig, dtype: str) ->
   rngs = jax.random.split(jax.random.fold_in(streams(seed)[1], number), 3)
   keep = flow_matching.drop_condition(rngs[2], jnp.ones((batch, 1, 1), dtype), 0.1)
   sigma, t = flow_matching.sample_times(rngs[0], batch)
-  return keep, sigma, t, jax.random.normal(rngs[1], (batch, *cfg.dit.grid, cfg.dit.in_channels), dtype)
+  noise = jax.random.normal(rngs[1], (batch, *cfg.dit.grid, cfg.dit.in_channels)).astype(dtype)
+  return keep, sigma, t, noise
