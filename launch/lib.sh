@@ -4,6 +4,9 @@
 # The words of `blip3o` that a launcher runs on every worker.
 JOBS="train generate caption cache-features"
 
+# Seconds between two looks at a job.
+poll="${BLIP3O_POLL_SECONDS:-30}"
+
 die() {
   printf '%s: %s\n' "${0##*/}" "$*" >&2
   exit 2
@@ -27,6 +30,16 @@ shown() {
 run() {
   shown "$@"
   [[ -n "${DRY_RUN:-}" ]] || "$@"
+}
+
+# retry CMD...: for what goes over the network and may be done twice.
+retry() {
+  local try
+  for try in 1 2 3 4; do
+    run "$@" && return 0
+    say "that failed; trying again ($try of 4)" && sleep "$poll"
+  done
+  run "$@"
 }
 
 # Names that go to a cloud API and into paths: nothing that a shell or a flag parser could read as something else.

@@ -56,7 +56,7 @@ up() {
   local submit number
   submit=(sbatch --parsable "--job-name=$name" "--nodes=$nodes" "--ntasks-per-node=$gpus" "--gpus-per-node=$gpus"
     --exclusive --requeue --signal=TERM@300 --open-mode=append "--output=$PWD/runs/$name.log" "${sbatch[@]}")
-  run env BLIP3O_EXTRAS=cuda bash launch/local.sh --version
+  run env BLIP3O_EXTRAS=cuda,gcs bash launch/local.sh --version
   if [[ -n "${DRY_RUN:-}" ]]; then
     run "${submit[@]}"
     script

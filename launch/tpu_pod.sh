@@ -9,9 +9,9 @@
 #
 # JOB is train, generate, caption or cache-features; WORDS are those of `blip3o JOB`. `up` does what is missing: it asks for
 # the slice, waits, copies this checkout (what git has committed) and installs it, starts the job on every worker, and
-# stays. When the job was pre-empted (exit status 75) or the slice was taken away it starts again: the job goes on from
-# its last save. Call `up` again after this machine was off. The slice stays until `down`, which deletes only what `up`
-# asked for on this machine (noted in $BLIP3O_STATE, by default ~/.local/state/blip3o).
+# stays. When the job was pre-empted (exit status 75), or the slice or one of its machines was lost, it starts again: the
+# job goes on from its last save. Call `up` again after this machine was off. The slice stays until `down`, which deletes
+# only what `up` asked for on this machine (noted in $BLIP3O_STATE, by default ~/.local/state/blip3o).
 #
 #   --type TYPE        accelerator type: v4-512, v5litepod-256, v5p-128, v6e-256
 #   --slices N         so many slices of that type (default 1)
@@ -35,7 +35,7 @@ where=("--zone=$zone")
 state="${BLIP3O_STATE:-$HOME/.local/state/blip3o}/tpu"
 ours="$state/${project:-default}.$zone.$name" # exists while a slice that `up` asked for does
 there="blip3o-$name"           # of the checkout on the workers
-poll="${BLIP3O_POLL_SECONDS:-30}"
+extras=tpu,gcs                 # what it is installed with
 tpu=(gcloud compute tpus)
 
 # ---- the slice
@@ -49,51 +49,50 @@ runtime_version() {
   esac
 }
 
+# MISSING only if the cloud says so: an expired token or a lost network is UNKNOWN, and says nothing about the slice.
 slice_state() {
-  "${tpu[@]}" queued-resources describe "$name" "${where[@]}" "--format=value(state.state)" 2>/dev/null || true
+  local out
+  if out="$("${tpu[@]}" queued-resources describe "$name" "${where[@]}" "--format=value(state.state)" 2>&1)"; then
+    grep -xE '[A-Z_]+' <<<"$out" || echo UNKNOWN # gcloud's warnings may stand beside it
+  elif [[ "$out" == *NOT_FOUND* ]]; then
+    echo MISSING
+  else
+    echo UNKNOWN
+  fi
 }
+
+lost() { [[ "$(slice_state)" == @(MISSING|DELETING|SUSPENDING|SUSPENDED|FAILED) ]]; }
 
 create() {
   local nodes=("--node-id=$name")
   [[ "$slices" == 1 ]] || nodes=("--node-count=$slices" "--node-prefix=$name")
   # Noted before it is asked for: what is asked for can always be deleted again.
   [[ -n "${DRY_RUN:-}" ]] || { mkdir -p "$state" && printf '%s\n' "$type x $slices" >"$ours"; }
-  run "${tpu[@]}" queued-resources create "$name" "${nodes[@]}" "${where[@]}" "--accelerator-type=$type" \
-    "--runtime-version=${version:-$(runtime_version)}" "${tier[@]}"
+  if ! retry "${tpu[@]}" queued-resources create "$name" "${nodes[@]}" "${where[@]}" "--accelerator-type=$type" \
+    "--runtime-version=${version:-$(runtime_version)}" "${tier[@]}"; then
+    [[ "$(slice_state)" != MISSING ]] || { rm -f "$ours" && die "gcloud refused to make the slice $name, see above"; }
+  fi
 }
 
 delete() {
   [[ -n "${DRY_RUN:-}" || -e "$ours" ]] ||
     die "$name in $zone was not asked for by this script on this machine, so it is not deleted; use gcloud yourself"
-  run "${tpu[@]}" queued-resources delete "$name" "${where[@]}" --force --quiet
+  run "${tpu[@]}" queued-resources delete "$name" "${where[@]}" --force --quiet ||
+    [[ "$(slice_state)" == MISSING ]] || return 1
   [[ -n "${DRY_RUN:-}" ]] || rm -f "$ours"
 }
 
-# Leaves an active slice; 1 if there is nothing to wait for.
-wait_for_slice() {
-  local now
-  while true; do
-    now="$(slice_state)"
-    case "$now" in
-    ACTIVE) return 0 ;;
-    FAILED | SUSPENDED | SUSPENDING) say "the slice is $now" && return 1 ;;
-    *) say "the slice is ${now:-not known yet}; waiting" && sleep "$poll" ;;
-    esac
-  done
-}
-
+# Leaves an active slice, asked for as often as it takes.
 have_slice() {
-  if [[ -n "${DRY_RUN:-}" ]]; then
-    create
-    return
-  fi
-  case "$(slice_state)" in
-  "") create ;;
-  FAILED | SUSPENDED) delete && create ;; # the cloud keeps the name of a slice that it took away
-  *) say "the slice $name is there already" ;;
-  esac
-  # A slice that is taken away while it is waited for is asked for again.
-  wait_for_slice || { delete && create && wait_for_slice; }
+  local now
+  while now="$(slice_state)" && [[ "$now" != ACTIVE ]]; do
+    say "the slice is $now"
+    case "$now" in
+    MISSING) create ;;
+    FAILED | SUSPENDED) delete || say "it could not be deleted; trying again" ;; # else the cloud keeps its name
+    esac
+    sleep "$poll"
+  done
 }
 
 # ---- the workers
@@ -107,58 +106,75 @@ nodes() {
 on_workers() {
   local node
   for node in $(nodes); do
-    run "${tpu[@]}" tpu-vm ssh "$node" "${where[@]}" "--worker=$1" "--command=$2"
+    retry "${tpu[@]}" tpu-vm ssh "$node" "${where[@]}" "--worker=$1" "--command=$2" || return
   done
 }
 
 setup() {
-  local node archive
-  archive="$(mktemp -d)/blip3o.tar.gz"
-  run git archive --format=tar.gz "--output=$archive" HEAD
+  local node folder status=0
+  folder="$(mktemp -d)"
+  run git archive --format=tar.gz "--output=$folder/blip3o.tar.gz" HEAD || die "git cannot pack this checkout, see above"
   for node in $(nodes); do
-    run "${tpu[@]}" tpu-vm scp "$archive" "$node:$there.tar.gz" "${where[@]}" --worker=all
+    retry "${tpu[@]}" tpu-vm scp "$folder/blip3o.tar.gz" "$node:$there.tar.gz" "${where[@]}" --worker=all || status=$?
   done
-  on_workers all "mkdir -p $there && tar xzf $there.tar.gz -C $there && cd $there && BLIP3O_EXTRAS=tpu bash launch/local.sh --version"
-  rm -rf "$(dirname "$archive")"
+  rm -rf "$folder"
+  [[ "$status" == 0 ]] || return "$status"
+  on_workers all "mkdir -p $there && tar xzf $there.tar.gz -C $there && cd $there && BLIP3O_EXTRAS=$extras bash launch/local.sh --version"
 }
 
-# Starts the job on every worker, detached from the connection; its exit status is left in a file.
+# Shell words for a worker: is the job running there?
+running="{ [ ! -s $name.status ] && kill -0 \$(cat $name.pid); } 2>/dev/null"
+
+# Starts the job on every worker where it is not running, detached from the connection; its exit status is left in a file.
 start() {
-  local line settings=("LIBTPU_INIT_ARGS=$(tpu_flags "$type")" BLIP3O_EXTRAS=tpu BLIP3O_DISTRIBUTED=1)
+  local line inner settings=("LIBTPU_INIT_ARGS=$(tpu_flags "$type")" "BLIP3O_EXTRAS=$extras" BLIP3O_DISTRIBUTED=1)
   mapfile -t line < <(job_words "$job")
   line=(env "${settings[@]}" "${variables[@]}" bash launch/local.sh "${line[@]:1}" "${words[@]}")
-  local inner
-  inner="$(quoted "${line[@]}") >>../$name.log 2>&1; echo \$? >../$name.status"
-  on_workers all "cd $there && rm -f ../$name.status && { setsid nohup bash -c $(quoted "$inner") </dev/null >/dev/null 2>&1 & echo \$! >../$name.pid; }"
+  inner="cd $there && $(quoted "${line[@]}") >>../$name.log 2>&1; echo \$? >~/$name.status"
+  inner="setsid nohup bash -c $(quoted "$inner") </dev/null >/dev/null 2>&1 & echo \$! >$name.pid"
+  on_workers all "$running || { rm -f $name.status; $inner; }"
 }
 
-# One line a worker: its exit status, "running" or "gone" (the machine came back without the job).
+# One line a worker: its exit status, "running" or "gone" (the machine came back without the job). 1 if not all answer.
 worker_states() {
-  local look="cat $name.status 2>/dev/null || { kill -0 \$(cat $name.pid 2>/dev/null) 2>/dev/null && echo running || echo gone; }"
-  local node
+  local node look="if $running; then echo running; else grep -s . $name.status || echo gone; fi"
   for node in $(nodes); do
-    "${tpu[@]}" tpu-vm ssh "$node" "${where[@]}" --worker=all "--command=$look" 2>/dev/null
+    "${tpu[@]}" tpu-vm ssh "$node" "${where[@]}" --worker=all "--command=$look" |
+      grep -xE '[0-9]+|running|gone' || return 1
   done
 }
 
-# Waits for the end of the job: 0, 75 (start again), 76 (the slice is gone), or the status of the worker that failed.
+# Waits for the end of the job: 0, 75 (start again), 76 (the slice or a machine is lost), or the status of a worker.
 follow() {
-  local states state
+  local states failed
   while true; do
-    [[ "$(slice_state)" == ACTIVE ]] || return 76
-    states="$(worker_states)" || states=running # a connection that failed says nothing about the job
-    for state in $states; do
-      if [[ "$state" =~ ^[0-9]+$ && "$state" != 0 && "$state" != 75 ]]; then
-        sleep "$poll" # the workers of a slice that is being taken away fail before the cloud says so
-        [[ "$(slice_state)" == ACTIVE ]] || return 76
-        return "$state"
-      fi
-    done
-    # Pre-empted, or lost: the others stop at their next save or barrier, so all are started again together.
-    if grep -qE '^(75|gone)$' <<<"$states" && ! grep -qx running <<<"$states"; then return 75; fi
-    if ! grep -qvx 0 <<<"$states"; then return 0; fi
+    ! lost || return 76
+    if ! states="$(worker_states 2>/dev/null)"; then
+      say "not all workers answer; waiting" # which says nothing about the job
+    elif ! grep -qx running <<<"$states"; then
+      break
+    fi
     sleep "$poll"
   done
+  # A status counts when all have ended: of a machine that is lost, JAX tells the others by ending them with any status.
+  ! grep -qx gone <<<"$states" || return 76
+  if ! failed="$(grep -vxE '0|75' <<<"$states" | sort -n)"; then
+    ! grep -qx 75 <<<"$states" || return 75
+    return 0
+  fi
+  sleep "$poll" # the workers of a slice that is being taken away fail before the cloud says so
+  ! lost || return 76
+  ! grep -qx 2 <<<"$failed" || return 2 # it says more than those which ended because of it
+  return "${failed%%$'\n'*}"
+}
+
+# attempt LAST: one more, after one that ended with the status LAST; "running" if there is nothing to start.
+attempt() {
+  if [[ "$1" != running ]] && ! { { [[ "$1" == 75 ]] || setup; } && start; }; then
+    ! lost || return 76
+    return 1
+  fi
+  follow
 }
 
 up() {
@@ -166,29 +182,37 @@ up() {
   runtime_version >/dev/null
   tpu_flags "$type" >/dev/null
   [[ -z "$version" ]] || check_word --version "$version"
-  local attempt status running=""
-  have_slice
-  if [[ -z "${DRY_RUN:-}" ]] && grep -qx running <<<"$(worker_states || true)"; then
-    say "the job is running already" && running=1
-  else
+  if [[ -n "${DRY_RUN:-}" ]]; then
+    create
     setup
+    start
+    say "then it is looked at every $poll s, and started again after status 75, up to $attempts times"
+    return 0
   fi
-  for ((attempt = 1; attempt <= attempts; attempt++)); do
-    [[ -n "$running" ]] || start
-    running=""
-    if [[ -n "${DRY_RUN:-}" ]]; then
-      say "then it is looked at every $poll s, and started again after status 75, up to $attempts times"
-      return 0
-    fi
-    say "started, attempt $attempt; bash launch/tpu_pod.sh logs --name $name --zone $zone shows what it says"
+  local i states status=0 last="" at="--name $name --zone $zone"
+  local paid="the slice is still yours, and is paid for: bash launch/tpu_pod.sh down $at"
+  have_slice
+  until states="$(worker_states)"; do
+    say "not all workers answer; waiting" && sleep "$poll"
+    have_slice
+  done
+  ! grep -qx running <<<"$states" || { say "the job is running already" && last=running; }
+  for ((i = 1; i <= attempts; i++)); do
+    say "attempt $i; bash launch/tpu_pod.sh logs $at shows what it says"
     status=0
-    follow || status=$?
+    attempt "$last" || status=$?
     case "$status" in
-    0) say "done; the slice is still yours, and is paid for: bash launch/tpu_pod.sh down --name $name --zone $zone" && return 0 ;;
+    0) say "done; $paid" && return 0 ;;
     75) say "pre-empted, everything saved; starting again" ;;
-    76) say "the slice was taken away; asking for it again" && have_slice && setup ;;
-    *) say "the job failed with status $status on a worker; see its log" && return "$status" ;;
+    76)
+      # The cloud keeps the name of what it takes away.
+      [[ "$(slice_state)" != @(MISSING|DELETING) ]] || die "somebody deleted the slice $name; not asked for again"
+      say "the slice or one of its machines was lost; starting again"
+      have_slice
+      ;;
+    *) say "failed with status $status, see above and the log; $paid" && return "$status" ;;
     esac
+    last="$status"
   done
   say "started $attempts times and not done"
   return 75
@@ -199,7 +223,7 @@ up) up ;;
 logs) on_workers 0 "tail -n 100 -F $name.log" ;;
 status)
   run "${tpu[@]}" queued-resources describe "$name" "${where[@]}"
-  [[ -n "${DRY_RUN:-}" ]] || worker_states
+  [[ -n "${DRY_RUN:-}" ]] || worker_states || say "not all workers answer"
   ;;
 down) delete ;;
 esac

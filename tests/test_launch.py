@@ -1,13 +1,16 @@
-"""The launchers: what they print, what they refuse, and how they go on after status 75.
+"""The launchers: what they print, what they refuse, and how they go on after status 75 and after failures of the cloud.
 
 The clouds' programs are stand-ins on the PATH that note their calls and answer from a file; the scripts are real.
 """
 
+import contextlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,22 +24,24 @@ UP = {
 }
 
 # Called as any of the programs: a line a call goes to `calls`; the first line of `answers` whose pattern is in the call
-# is taken out of the file and printed.
-STAND_IN = """#!{python}
-import fcntl, os, shlex, sys
-folder = os.environ["STAND_IN"]
-words = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
-with open(folder + "/lock", "w") as lock:
-  fcntl.flock(lock, fcntl.LOCK_EX)
-  with open(folder + "/calls", "a") as calls:
-    calls.write(shlex.join(words) + "\\n")
-  lines = open(folder + "/answers").read().splitlines()
-  for i, line in enumerate(lines):
-    pattern, answer = line.split("=>")
-    if all(part in " ".join(words) for part in pattern.split()):
-      open(folder + "/answers", "w").write("\\n".join(lines[:i] + lines[i + 1:]))
-      print(answer.strip().replace(",", "\\n"))
-      break
+# is taken out of the file, unless it begins with `always`, and printed; `!N` before the answer is an exit status, and
+# the answer then an error.
+STAND_IN = r"""#!/usr/bin/env bash
+set -f
+words="${0##*/} $*"
+{ printf '%q ' "${0##*/}" "$@" && echo; } >>"$STAND_IN/calls"
+mapfile -t lines <"$STAND_IN/answers"
+for i in "${!lines[@]}"; do
+  pattern="${lines[i]%%=>*}" answer="${lines[i]#*=> }"
+  for part in ${pattern#always }; do [[ "$words" == *"$part"* ]] || continue 2; done
+  if [[ "$pattern" != always* ]]; then
+    unset "lines[i]"
+    printf '%s\n' "${lines[@]}" >"$STAND_IN/answers"
+  fi
+  if [[ "$answer" =~ ^!([0-9]+)\ (.*) ]]; then echo "${BASH_REMATCH[2]}" >&2; exit "${BASH_REMATCH[1]}"; fi
+  printf '%s\n' "${answer//,/$'\n'}"
+  exit
+done
 """
 
 
@@ -52,10 +57,10 @@ class Cloud:
 
   def __init__(self, folder: Path):
     self.folder = folder
-    for name in ("gcloud", "xpk", "kubectl", "sbatch", "scancel", "squeue"):
+    for name in ("gcloud", "xpk", "kubectl", "sbatch", "scancel", "squeue", "git"):  # git packs for seconds
       path = folder / "bin" / name
       path.parent.mkdir(exist_ok=True)
-      path.write_text(STAND_IN.replace("{python}", sys.executable))
+      path.write_text(STAND_IN)
       path.chmod(0o755)
     self.answer()
 
@@ -95,6 +100,8 @@ def test_dry_run_prints_the_commands_and_runs_none(cloud, script, job):
   assert cloud.calls == [] and not (cloud.folder / "state").exists()
   typed = [shlex.split(line[2:]) for line in done.stdout.splitlines() if line.startswith("+ ")]
   programs = {"tpu_pod.sh": "gcloud", "gke_xpk.sh": "xpk", "slurm_gpu.sh": "sbatch"}
+  installed = {"tpu_pod.sh": "BLIP3O_EXTRAS=tpu,gcs ", "slurm_gpu.sh": "BLIP3O_EXTRAS=cuda,gcs"}  # gs:// needs gcsfs
+  assert any(installed.get(script, "") in word for words in typed for word in words)
   assert any(words[0] == programs[script] for words in typed)
   # What the far shell reads is the job and its words again, the blank included.
   if script == "slurm_gpu.sh":
@@ -144,25 +151,40 @@ def test_bad_words_are_one_line_and_2(cloud, script, words, said):
   assert done.stderr.count("\n") == 1 and said in done.stderr and cloud.calls == []
 
 
-ACTIVE = "describe state.state => ACTIVE"
-IDLE = "status 2>/dev/null => gone"  # what is found before the job is started
+ACTIVE = "always describe state.state => ACTIVE"
+MISSING = "describe state.state => !1 ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource 'b3o'"
+EXPIRED = "describe state.state => !1 ERROR: (gcloud.compute.tpus) There was a problem refreshing your auth tokens"
+UP_TPU = ["up", "train", *UP["tpu_pod.sh"], "--", "--config", "c.py"]
+UP_GKE = ["up", "train", *UP["gke_xpk.sh"], "--", "--config", "c.py"]
+CLUSTER = [*TPU, "--cluster", "pod"]
+
+
+def state(now):
+  return f"describe state.state => {now}"
+
+
+def look(answer):
+  """What the workers say when they are looked at."""
+  return f"--worker=all gone => {answer}"
+
+
+IDLE = look("gone,gone")  # what is found before the job is started
 
 
 def test_a_tpu_job_goes_on_after_75_and_after_its_slice_was_taken(cloud):
   cloud.answer(
     # The slice is not there, is asked for, and comes. The first attempt is pre-empted on both workers.
-    "describe state.state => ",
-    "describe state.state => WAITING_FOR_RESOURCES",
-    *[ACTIVE] * 3,
+    MISSING,
+    state("WAITING_FOR_RESOURCES"),
+    *[state("ACTIVE")] * 3,
     IDLE,
-    "status 2>/dev/null => running,75",
-    "status 2>/dev/null => 75,75",
+    look("running,75"),
+    look("75,75"),
     # The second loses its slice, which is deleted and asked for again; the third is done.
-    "describe state.state => SUSPENDED",
-    "describe state.state => SUSPENDED",
+    *[state("SUSPENDED")] * 3,
+    MISSING,
     ACTIVE,
-    ACTIVE,
-    "status 2>/dev/null => 0,0",
+    look("0,0"),
   )
   done = cloud.run("tpu_pod.sh", "up", "train", *UP["tpu_pod.sh"], "--spot", "--", "--config", "c.py")
   assert done.returncode == 0, done.stderr
@@ -171,64 +193,298 @@ def test_a_tpu_job_goes_on_after_75_and_after_its_slice_was_taken(cloud):
   assert cloud.count("create", "--spot", "--accelerator-type=v5litepod-16", "v2-alpha-tpuv5-lite") == 2
 
 
-def test_a_tpu_job_that_fails_is_not_repeated(cloud):
-  cloud.answer(*[ACTIVE] * 3, IDLE, "status 2>/dev/null => 0,2", ACTIVE)
-  done = cloud.run("tpu_pod.sh", "up", "train", *UP["tpu_pod.sh"], "--", "--config", "c.py")
-  assert done.returncode == 2 and "failed with status 2" in done.stderr
+def test_a_spot_slice_is_asked_for_as_often_as_it_takes(cloud):
+  cloud.answer(
+    MISSING,
+    *[state("FAILED")] * 2,  # a delete that fails is repeated
+    "queued-resources delete => !1 no network",
+    state("FAILED"),
+    MISSING,
+    state("SUSPENDING"),
+    state("SUSPENDED"),
+    MISSING,
+    ACTIVE,
+    IDLE,
+    look("0,0"),
+  )
+  done = cloud.run("tpu_pod.sh", *UP_TPU)
+  assert done.returncode == 0, done.stderr
+  assert cloud.count("queued-resources create") == cloud.count("queued-resources delete") == 3
+
+
+def test_a_slice_that_the_cloud_refuses_ends_the_launcher(cloud):
+  cloud.answer("always " + MISSING, "always queued-resources create => !1 ERROR: quota")
+  done = cloud.run("tpu_pod.sh", *UP_TPU)
+  assert done.returncode == 2 and "refused" in done.stderr and cloud.count("ssh") == 0
+  # It was never there, so nothing of that name is ours.
+  assert cloud.run("tpu_pod.sh", "down", *TPU).returncode == 2 and cloud.count("delete") == 0
+  # A request that came through although its answer was lost is ours.
+  cloud.answer(MISSING, "always queued-resources create => !1 no network", ACTIVE, IDLE, look("0"))
+  assert cloud.run("tpu_pod.sh", *UP_TPU).returncode == 0
+  assert cloud.run("tpu_pod.sh", "down", *TPU).returncode == 0
+
+
+def test_a_slice_that_somebody_deleted_is_not_asked_for_again(cloud):
+  cloud.answer(state("ACTIVE"), IDLE, "always " + MISSING)
+  done = cloud.run("tpu_pod.sh", *UP_TPU)
+  assert done.returncode == 2 and "somebody deleted" in done.stderr and cloud.count("create") == 0
+
+
+@pytest.mark.parametrize(
+  "said, status",
+  [
+    (["0,2"], 2),
+    (["1,running", "1,2"], 2),  # the first one ended because of the second
+    (["134,running", "134,1"], 1),
+  ],
+)
+def test_a_tpu_job_that_fails_is_not_repeated(cloud, said, status):
+  cloud.answer(ACTIVE, IDLE, *map(look, said))
+  done = cloud.run("tpu_pod.sh", *UP_TPU)
+  assert done.returncode == status and f"failed with status {status}" in done.stderr
   assert cloud.count("setsid") == 1 and cloud.count("queued-resources create") == 0
 
 
-def test_a_job_that_runs_is_followed_and_not_started_twice(cloud):
-  """As after this machine was off."""
-  cloud.answer(*[ACTIVE] * 4, *["status 2>/dev/null => running,running"] * 2, "status 2>/dev/null => 0,0")
-  done = cloud.run("tpu_pod.sh", "up", "train", *UP["tpu_pod.sh"], "--", "--config", "c.py")
+def test_a_lost_machine_is_no_failure(cloud):
+  """JAX ends the others with a status of its own, before and after the machine is back."""
+  cloud.answer(ACTIVE, IDLE, look("1,running"), look("!255 no route to host"), look("1,gone"), look("0,0"))
+  done = cloud.run("tpu_pod.sh", *UP_TPU)
   assert done.returncode == 0, done.stderr
+  assert cloud.count("setsid") == cloud.count("scp") == 2  # what comes back may be a new machine
+  # Of a slice that is being taken away workers fail first.
+  cloud.answer(*[state("ACTIVE")] * 2, IDLE, look("1,134"), *[state("SUSPENDED")] * 2, ACTIVE, look("0,0"))
+  assert cloud.run("tpu_pod.sh", *UP_TPU).returncode == 0 and cloud.count("setsid") == 2
+
+
+def test_a_job_that_runs_is_followed_and_not_started_twice(cloud):
+  """As after this machine was off, with a network that comes and goes."""
+  away = look("!255 ERROR: (gcloud.compute.tpus.tpu-vm.ssh) [/usr/bin/ssh] exited with return code [255]")
+  cloud.answer(
+    EXPIRED,
+    state("ACTIVE"),
+    away,
+    EXPIRED,
+    state("ACTIVE"),
+    look("running,running"),
+    EXPIRED,
+    away,
+    EXPIRED,
+    look("running,0"),
+    look(""),  # nobody said anything
+    ACTIVE,
+    look("0,0"),
+  )
+  done = cloud.run("tpu_pod.sh", *UP_TPU)
+  assert done.returncode == 0, done.stderr
+  assert (cloud.folder / "answers").read_text().split("\n") == [ACTIVE, ""]
   assert cloud.count("setsid") == cloud.count("scp") == cloud.count("queued-resources create") == 0
+  assert cloud.run("tpu_pod.sh", "down", *TPU).returncode == 2 and cloud.count("delete") == 0
 
 
 def test_attempts_are_limited(cloud):
-  cloud.answer(*[ACTIVE] * 8, IDLE, *["status 2>/dev/null => 75"] * 8)
+  cloud.answer(ACTIVE, IDLE, *[look("75")] * 8)
   done = cloud.run("tpu_pod.sh", "up", "train", *UP["tpu_pod.sh"], "--attempts", "2", "--", "--config", "c.py")
   assert done.returncode == 75 and cloud.count("setsid") == 2
+
+
+def test_connections_are_tried_again(cloud):
+  once = "!255 connection refused"
+  cloud.answer(ACTIVE, IDLE, f"scp => {once}", f"local.sh --version => {once}", f"setsid => {once}", look("0,0"))
+  assert cloud.run("tpu_pod.sh", *UP_TPU).returncode == 0
+  assert cloud.count("scp") == cloud.count("--version") == cloud.count("setsid") == 2
+  cloud.answer(ACTIVE, IDLE, f"always scp => {once}")
+  done = cloud.run("tpu_pod.sh", *UP_TPU)
+  assert done.returncode == 1 and cloud.count("scp") == 5 and cloud.count("--version") == cloud.count("setsid") == 0
+  # Unless nobody answers because the slice was taken away.
+  cloud.answer(state("ACTIVE"), IDLE, *[f"setsid => {once}"] * 5, *[state("SUSPENDING")] * 2, ACTIVE, look("0,0"))
+  assert cloud.run("tpu_pod.sh", *UP_TPU).returncode == 0 and cloud.count("setsid") == 6
 
 
 def test_only_what_was_created_is_deleted(cloud):
   done = cloud.run("tpu_pod.sh", "down", *TPU)
   assert done.returncode == 2 and "not asked for by this script" in done.stderr and cloud.calls == []
   # A slice that somebody else made is used, and stays.
-  cloud.answer(*[ACTIVE] * 3, IDLE, "status 2>/dev/null => 0")
-  assert cloud.run("tpu_pod.sh", "up", "train", *UP["tpu_pod.sh"], "--", "x").returncode == 0
+  cloud.answer(ACTIVE, IDLE, look("0"))
+  assert cloud.run("tpu_pod.sh", *UP_TPU).returncode == 0
   assert cloud.run("tpu_pod.sh", "down", *TPU).returncode == 2 and cloud.count("delete") == 0
-  cloud.answer("describe state.state => ", *[ACTIVE] * 3, IDLE, "status 2>/dev/null => 0")
-  assert cloud.run("tpu_pod.sh", "up", "train", *UP["tpu_pod.sh"], "--", "x").returncode == 0
+  cloud.answer(MISSING, ACTIVE, IDLE, look("0"))
+  assert cloud.run("tpu_pod.sh", *UP_TPU).returncode == 0
+  cloud.answer(ACTIVE, "delete => !1 no network")
+  assert cloud.run("tpu_pod.sh", "down", *TPU).returncode == 1  # and stays ours
   assert cloud.run("tpu_pod.sh", "down", *TPU).returncode == 0
   assert cloud.calls[-1][:6] == ["gcloud", "compute", "tpus", "queued-resources", "delete", "b3o"]
-  for script, words in (("gke_xpk.sh", [*TPU, "--cluster", "pod"]), ("slurm_gpu.sh", ["--name", "other"])):
+  for script, words in (("gke_xpk.sh", CLUSTER), ("slurm_gpu.sh", ["--name", "other"])):
     assert cloud.run(script, "down", *words).returncode == 2
   assert cloud.count("xpk") == cloud.count("scancel") == 0
 
 
 def test_slices_are_nodes_of_one_request(cloud):
-  cloud.answer("describe state.state => ", *[ACTIVE] * 3, *[IDLE] * 2, *["status 2>/dev/null => 0"] * 2)
+  cloud.answer(
+    MISSING, ACTIVE, *[IDLE] * 2, "b3o-0 gone => !255 lost", *["b3o-1 gone => 0"] * 2, look("running"), look("0")
+  )
   done = cloud.run("tpu_pod.sh", "up", "train", *UP["tpu_pod.sh"], "--slices", "2", "--", "x")
   assert done.returncode == 0, done.stderr
   assert cloud.count("create", "--node-count=2", "--node-prefix=b3o") == 1
   assert cloud.count("setsid", "ssh b3o-0") == cloud.count("setsid", "ssh b3o-1") == 1
+  # A slice that does not answer, and one that runs, beside one that is done.
+  assert cloud.count("gone", "ssh b3o-0") == 4
+
+
+def test_what_the_workers_are_told(cloud, tmp_path):
+  """The very commands, in a home directory that stands for a worker's."""
+  cloud.answer(ACTIVE, *[look("0,0")] * 2)
+  assert cloud.run("tpu_pod.sh", *UP_TPU).returncode == 0
+  told = [word.removeprefix("--command=") for call in cloud.calls for word in call if word.startswith("--command=")]
+  (start,) = (command for command in told if "setsid" in command)
+  (seen,) = {command for command in told if "echo gone" in command}
+  (pack,) = (call for call in cloud.calls if call[:2] == ["git", "archive"])
+  pack = [word for word in pack if not word.startswith("--output=")]
+  assert subprocess.run([*pack, "launch"], cwd=ROOT, capture_output=True).stdout[:2] == b"\x1f\x8b"  # gzip
+  home = tmp_path / "home"
+  script = home / "blip3o-b3o" / "launch" / "local.sh"
+
+  def worker(command):
+    env = os.environ | {"HOME": str(home)}
+    return subprocess.run(["bash", "-c", command], cwd=home, env=env, capture_output=True, text=True, timeout=20)
+
+  def wait_for(answer):
+    for _ in range(200):
+      if worker(seen).stdout == answer:
+        return
+      time.sleep(0.02)
+    raise AssertionError(worker(seen))
+
+  home.mkdir()
+  wait_for("gone\n")
+  # A machine that came back without the checkout says so, and does not run anything.
+  assert worker(start).returncode == 0
+  wait_for("1\n")
+  script.parent.mkdir(parents=True)
+  script.write_text('echo "$@" >>~/started; until [[ -e ~/end ]]; do sleep 0.02; done; exit 75\n')
+  for _ in range(2):  # the second changes nothing
+    assert worker(start).returncode == 0
+    wait_for("running\n")
+  (home / "end").touch()
+  wait_for("75\n")
+  assert (home / "started").read_text() == "train --config c.py\n"
+  worker(start)
+  wait_for("75\n")
+  assert (home / "started").read_text() == "train --config c.py\n" * 2
+  (home / "b3o.status").unlink()  # as when the machine went down under it: the process is gone, too
+  (home / "b3o.pid").write_text("999999999\n")
+  assert worker(seen).stdout == "gone\n"
+
+
+def jobset(name, said=""):
+  return f"--ignore-not-found {name} => {said}"
+
+
+def pods(name, *statuses):
+  return f"pods {name} => {','.join(statuses)}"
+
+
+def submitted(cloud):
+  made = [call for call in cloud.calls if call[:3] == ["xpk", "workload", "create"]]
+  return [word.removeprefix("--workload=") for call in made for word in call if word.startswith("--workload=")]
+
+
+def ended(name, *statuses):
+  """Not there, then submitted, then ended."""
+  return [jobset(name), jobset(name, f"{name} StartupPolicyCompleted Failed"), pods(name, *statuses)]
 
 
 def test_a_gke_job_is_submitted_again_after_75(cloud):
-  said = "blip3o ended with status"
-  cloud.answer(f"kubectl b3o-1 => {said} 75,{said} 75", "kubectl b3o-2 => ", f"kubectl b3o-3 => {said} 0,{said} 0")
-  done = cloud.run("gke_xpk.sh", "up", "train", *UP["gke_xpk.sh"], "--", "x")
+  cloud.answer(
+    *ended("b3o-1", "75", "", "75"),
+    *ended("b3o-2", "", ""),  # of a slice that was taken away
+    jobset("b3o-3"),
+    jobset("b3o-3", "b3o-3 StartupPolicyCompleted"),
+    jobset("b3o-3", "b3o-3 Completed"),
+  )
+  done = cloud.run("gke_xpk.sh", *UP_GKE)
   assert done.returncode == 0, done.stderr
-  made = [word for call in cloud.calls for word in call if word.startswith("--workload=")]
-  assert made == ["--workload=b3o-1", "--workload=b3o-2", "--workload=b3o-3"]
-  cloud.answer()
-  assert cloud.run("gke_xpk.sh", "down", *TPU, "--cluster", "pod").returncode == 0
-  assert cloud.count("xpk workload delete") == 3
-  cloud.answer(f"kubectl b3o-1 => {said} 75,{said} 2")
-  done = cloud.run("gke_xpk.sh", "up", "train", *UP["gke_xpk.sh"], "--", "x")
-  assert done.returncode == 2 and cloud.count("workload create") == 1
+  assert submitted(cloud) == ["b3o-1", "b3o-2", "b3o-3"]
+  assert cloud.count("--wait-for-job-completion=b3o-3") == 1
+  # `down` deletes one; one was gone already; one cannot be reached, so all stay noted.
+  gone = ("delete b3o-2 => !1 NotFound", jobset("b3o-2"))
+  cloud.answer(*gone, "delete b3o-3 => !1 no network", jobset("b3o-3", "b3o-3 "))
+  assert cloud.run("gke_xpk.sh", "down", *CLUSTER).returncode == 1 and cloud.count("workload delete") == 3
+  cloud.answer(*gone)
+  assert cloud.run("gke_xpk.sh", "down", *CLUSTER).returncode == 0 and cloud.count("workload delete") == 3
+  assert cloud.run("gke_xpk.sh", "down", *CLUSTER).returncode == 2 and cloud.count("workload delete") == 3
+
+
+def test_a_gke_job_that_fails_is_not_repeated(cloud):
+  cloud.answer(*ended("b3o-1", "75", "2", "134"))
+  assert cloud.run("gke_xpk.sh", *UP_GKE).returncode == 2 and submitted(cloud) == ["b3o-1"]
+  # Any other status may be of a machine that was lost. The attempts of the call before do not count.
+  cloud.answer(*ended("b3o-2", "1"), *ended("b3o-3", "134"), *ended("b3o-4", "75"), *ended("b3o-5", "1"))
+  done = cloud.run("gke_xpk.sh", *UP_GKE[:-3], "--attempts", "4", *UP_GKE[-3:])
+  assert done.returncode == 75 and len(submitted(cloud)) == 4, done.stderr
+  cloud.answer(*ended("b3o-6", "1"), *ended("b3o-7", "1", ""), *ended("b3o-8", "0", "1", "134"))
+  done = cloud.run("gke_xpk.sh", *UP_GKE)
+  assert done.returncode == 1 and "failed with status 1" in done.stderr and len(submitted(cloud)) == 3
+
+
+def test_a_gke_workload_that_runs_is_followed_and_not_submitted_twice(cloud):
+  """As after this machine was off, with a network that comes and goes."""
+  cloud.answer(*ended("b3o-1", "2"))
+  assert cloud.run("gke_xpk.sh", *UP_GKE).returncode == 2
+  away = "!1 error: You must be logged in to the server (Unauthorized)"
+  cloud.answer(
+    f"--filter-by-job => {away}",
+    f"--ignore-not-found b3o-1 => {away}",
+    *[jobset("b3o-1", "b3o-1 ")] * 2,
+    f"--wait-for-job-completion=b3o-1 => {away}",
+    jobset("b3o-1", "b3o-1 "),
+    jobset("b3o-1", "b3o-1 Failed"),
+    f"pods b3o-1 => {away}",
+    pods("b3o-1", "75"),
+    jobset("b3o-2"),
+    jobset("b3o-2", "b3o-2 Completed"),
+  )
+  done = cloud.run("gke_xpk.sh", *UP_GKE)
+  assert done.returncode == 0, done.stderr
+  assert submitted(cloud) == ["b3o-2"] and cloud.count("--wait-for-job-completion=b3o-1") == 2
+  # kubectl is not asked before xpk has pointed it at the cluster.
+  assert cloud.count("--filter-by-job") == cloud.count("kubectl") + 1
+
+
+def test_a_gke_workload_that_was_deleted_or_refused_or_is_another_ends_the_launcher(cloud):
+  cloud.answer(jobset("b3o-1", "b3o-1 "))
+  done = cloud.run("gke_xpk.sh", *UP_GKE)
+  assert done.returncode == 2 and "not submitted here" in done.stderr and submitted(cloud) == []
+  assert cloud.run("gke_xpk.sh", "down", *CLUSTER).returncode == 2 and cloud.count("delete") == 0
+  cloud.answer("always workload create => !1 no such image")
+  done = cloud.run("gke_xpk.sh", *UP_GKE)
+  assert done.returncode == 2 and "xpk did not submit b3o-1" in done.stderr
+  cloud.answer(jobset("b3o-2"), jobset("b3o-2", "b3o-2 "), jobset("b3o-2"))
+  done = cloud.run("gke_xpk.sh", *UP_GKE)
+  assert done.returncode == 2 and "deleted" in done.stderr and submitted(cloud) == ["b3o-2"]
+
+
+def test_a_pod_that_is_asked_to_stop_ends_with_the_status_of_the_job(cloud, tmp_path):
+  """The command as xpk's container runs it: SIGTERM goes to the last child of a shell that waits for it."""
+  done = cloud.run("gke_xpk.sh", *UP_GKE[:-3], "--dry-run", *UP_GKE[-3:])
+  typed = [word for line in done.stdout.splitlines() for word in shlex.split(line)]
+  (command,) = (word.removeprefix("--command=") for word in typed if word.startswith("--command="))
+  job = tmp_path / "bin" / "blip3o"
+  job.write_text(f"#!/bin/bash\ntrap 'exit 75' TERM\ntouch {tmp_path}/started\nwhile true; do sleep 0.02; done\n")
+  job.chmod(0o755)
+  pod = subprocess.Popen(
+    ["bash", "-c", f"trap 'kill $!' TERM; ({command}) & PID=$!; while kill -0 $PID; do sleep 0.05; done; wait $PID"],
+    env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+    stderr=subprocess.DEVNULL,
+    start_new_session=True,
+  )
+  try:
+    while not (tmp_path / "started").exists():
+      time.sleep(0.02)
+    pod.terminate()
+    assert pod.wait(20) == 75
+  finally:
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(pod.pid, signal.SIGKILL)
 
 
 def test_a_slurm_script_puts_itself_back_after_75(cloud, tmp_path):
