@@ -37,11 +37,23 @@ class DataConfig:
   rows: int = 1
 
   def __post_init__(self):
+    require_whole(self, image_size=1, max_length=1, max_patches=0, rows=1)
+    for field, known in (("resize", transforms.MODES), ("form", templates.FORMS), ("wording", templates.WORDINGS)):
+      if (value := getattr(self, field)) not in known:
+        raise UserError(f"data.{field} {value!r} is unknown; choose one of {', '.join(known)}")
     lengths = (0, *self.buckets, self.max_length)
     if any(a >= b for a, b in zip(lengths, lengths[1:], strict=False)):
       raise UserError(f"data.buckets {self.buckets} must rise and stay below max_length {self.max_length}")
     if self.buckets and self.task == "images":
       raise UserError("data.buckets cuts rows of tokens, which task images has none of; leave it out")
+
+
+def require_whole(config, **least: int) -> None:
+  """Raise UserError unless the fields named are whole numbers of at least so much."""
+  for field, low in least.items():
+    value = getattr(config, field)
+    if not isinstance(value, int) or value < low:
+      raise UserError(f"data.{field} is {value!r}; take a whole number from {low} on")
 
 
 def make_builder(cfg: DataConfig, tokenizer=None, pictures: Pictures | None = None) -> Callable[[dict], dict]:
@@ -64,6 +76,15 @@ class _Builder:
   cfg: DataConfig
   tokenizer: Any
   pictures: Pictures | None
+
+  def __call__(self, record: dict) -> dict[str, np.ndarray]:
+    """The arrays of a record. Raises UserError, which names it."""
+    try:
+      return self.arrays(record)
+    except UserError as error:
+      if record["name"] in str(error):
+        raise
+      raise UserError(f"{record['name']}: {error}") from None
 
   def pixels(self, record: dict) -> np.ndarray:
     if not record.get("image"):
@@ -95,21 +116,21 @@ class _Builder:
 class _Images(_Builder):
   """pixels [H, W, 3] uint8."""
 
-  def __call__(self, record: dict) -> dict[str, np.ndarray]:
+  def arrays(self, record: dict) -> dict[str, np.ndarray]:
     return {"pixels": self.pixels(record)}
 
 
 class _Captions(_Builder):
   """pixels, and the tokens and token_mask of the bare caption."""
 
-  def __call__(self, record: dict) -> dict[str, np.ndarray]:
+  def arrays(self, record: dict) -> dict[str, np.ndarray]:
     return {"pixels": self.pixels(record)} | self.row(self.tokenizer.encode(self.text(record)))
 
 
 class _Generation(_Builder):
   """pixels; tokens and token_mask of the prompt, its last token the image start; positions [3, L], all axes alike."""
 
-  def __call__(self, record: dict) -> dict[str, np.ndarray]:
+  def arrays(self, record: dict) -> dict[str, np.ndarray]:
     return {"pixels": self.pixels(record)} | self.prompt(record)
 
   def prompt(self, record: dict) -> dict[str, np.ndarray]:
@@ -125,18 +146,18 @@ class _Generation(_Builder):
 class _Features(_Generation):
   """The same with the picture's cached features [N, C] in the place of its pixels."""
 
-  def __call__(self, record: dict) -> dict[str, np.ndarray]:
+  def arrays(self, record: dict) -> dict[str, np.ndarray]:
     return {"features": record["features"]} | self.prompt(record)
 
 
 class _Conversations(_Builder):
   """tokens, token_mask, labels [L], positions [3, L], and the arrays of the row's picture (see data.pictures)."""
 
-  def __call__(self, record: dict) -> dict[str, np.ndarray]:
+  def arrays(self, record: dict) -> dict[str, np.ndarray]:
     cfg, pictures = self.cfg, self.pictures
     seen = [pictures.read(transforms.decode(record["image"], record["name"]))] if record.get("image") else []
     arrays = pictures.rows([seen], tokens=cfg.max_patches // pictures.patches_a_token, images=1)
-    tokens, labels = templates.conversation(self.tokenizer, _turns(record), [pictures.place(x) for x in seen])
+    tokens, labels = templates.conversation(self.tokenizer, turns(record), [pictures.place(x) for x in seen])
     row = self.row(tokens) | {"labels": _pad(labels, cfg.max_length, templates.IGNORE)}
     if not (row["labels"] != templates.IGNORE).any():
       raise UserError(f"{record['name']} has no answer within {cfg.max_length} tokens")
@@ -144,16 +165,15 @@ class _Conversations(_Builder):
     return row | {"positions": positions[0]} | {key: value[0] for key, value in arrays.items()}
 
 
-def _turns(record: dict) -> list[tuple[str, str]]:
-  """LLaVA's "conversations" as (human, assistant) pairs."""
+def turns(record: dict) -> list[tuple[str, str]]:
+  """LLaVA's "conversations" as (human, assistant) pairs. Raises UserError if they are not of this kind."""
   try:
     messages = [(message["from"], message["value"]) for message in record["conversations"]]
-    roles = [role for role, _ in messages]
-    if not messages or roles != ["human", "gpt"] * (len(messages) // 2):
+    roles, texts = zip(*messages, strict=True)
+    if roles != ("human", "gpt") * (len(messages) // 2) or not all(isinstance(text, str) for text in texts):
       raise ValueError
   except (KeyError, TypeError, ValueError):
-    raise UserError(f"{record['name']}: conversations must be human and gpt messages in turn") from None
-  texts = [text for _, text in messages]
+    raise UserError(f"{record['name']}: conversations must be human and gpt messages in turn, all text") from None
   return list(zip(texts[::2], texts[1::2], strict=True))
 
 

@@ -124,27 +124,37 @@ class FeatureSource:
 
   def __init__(self, directory: str | os.PathLike):
     self.manifest = read_manifest(directory)
-    self._directory = os.fspath(directory)
-    files = [(Path(directory, name), len(rows)) for name, rows in self.manifest.shards]
-    missing = sum(not path.exists() for path, _ in files)
-    if missing:
+    self._paths = [Path(directory, name) for name, _ in self.manifest.shards]
+    if missing := sum(not path.exists() for path in self._paths):
       raise UserError(
-        f"{directory}: {missing} of {len(files)} shards are missing; run the same `blip3o data cache-features` again"
+        f"{directory}: {missing} of {len(self._paths)} shards are missing; "
+        "run the same `blip3o data cache-features` again"
       )
     # With their sizes given, no file is opened before it is needed.
-    self._records = grain.sources.ArrayRecordDataSource([f"{path}[0:{count}]" for path, count in files])
+    sized = [f"{path}[0:{len(rows)}]" for path, (_, rows) in zip(self._paths, self.manifest.shards, strict=True)]
+    self._records = grain.sources.ArrayRecordDataSource(sized)
 
   def __len__(self) -> int:
     return self.manifest.samples
 
   def __repr__(self) -> str:
-    return f"FeatureSource({len(self.manifest.shards)} shards, {len(self)} samples)"
+    return f"FeatureSource({len(self._paths)} shards, {len(self)} samples)"
 
   def __getitem__(self, index: int) -> dict:
-    """{"features": [N, C], "text": str, "image": None, "name": str}. Raises UserError where the picture was bad."""
-    record = msgpack.unpackb(self._records[index])
-    name = f"{self._directory}: sample {index}"
-    if "error" in record:
-      raise UserError(f"{name}: {record['error']}")
-    features = np.frombuffer(record["features"], np.dtype(self.manifest.dtype)).reshape(self.manifest.shape)
-    return {"features": features, "text": record["text"], "image": None, "name": name}
+    """{"features": [N, C], "text": str, "image": None, "name": str}.
+
+    Raises:
+      UserError: the picture was bad, or the shard is damaged.
+    """
+    path = self._paths[index // self.manifest.shard_size]
+    name = f"{path}: sample {index}"
+    try:
+      record = msgpack.unpackb(self._records[index])
+      if "error" not in record:
+        features = np.frombuffer(record["features"], np.dtype(self.manifest.dtype)).reshape(self.manifest.shape)
+        return {"features": features, "text": record["text"], "image": None, "name": name}
+      why = record["error"]
+    except Exception as error:  # whatever the bytes lead the libraries to
+      words = " ".join(str(error).split())[:200]
+      why = f"{words}; if the shard is damaged, remove it and run the same `blip3o data cache-features` again"
+    raise UserError(f"{name}: {why}")

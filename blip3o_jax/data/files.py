@@ -4,9 +4,11 @@ A path with a scheme (`gs://`, `s3://`) is listed through etils.epath and read i
 of either reads some megabytes ahead, which random access would pay for and throw away. Google's buckets need `gcsfs`.
 """
 
+import errno
 import glob
 import os
 import re
+import time
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -17,6 +19,8 @@ from blip3o_jax.errors import UserError
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_WAITS = (0.1, 0.5, 2.0, 8.0)  # seconds before a read that failed is tried again
+_LASTING = (UserError, ImportError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -52,6 +56,8 @@ def _braces(path: str) -> Iterator[str]:
   span = _RANGE.fullmatch(inner)
   if span:
     first, last = (int(end) for end in span.groups())
+    if first > last:
+      raise UserError(f"{path}: {match[0]} counts down; write the smaller number first")
     choices = [f"{i:0{len(span[1])}d}" for i in range(first, last + 1)]
   else:
     choices = inner.split(",")
@@ -99,24 +105,42 @@ def stamp(path: str) -> tuple[int, int]:
 def read(path: str, offset: int = 0, size: int | None = None) -> bytes:
   """`size` bytes from `offset` (all that follow). Opens and closes: thousands of shards must not mean as many handles.
 
+  Trouble that may pass is waited for, some ten seconds: taken for a bad sample it would change the order of the data.
+
   Raises:
     UserError: the file is not there, cannot be read, or is shorter than that.
   """
   with reading(path):
-    if is_remote(path):
-      content = fsspec.filesystem(path.partition("://")[0]).cat_file(
-        path, offset, None if size is None else offset + size
-      )
-    else:
-      handle = os.open(path, os.O_RDONLY)
+    for wait in _WAITS:
       try:
-        size = os.fstat(handle).st_size - offset if size is None else size
-        content = os.pread(handle, size, offset)
-      finally:
-        os.close(handle)
+        return _read(path, offset, size)
+      except Exception as error:
+        if not _may_pass(error, path):
+          raise
+        time.sleep(wait)
+    return _read(path, offset, size)
+
+
+def _read(path: str, offset: int, size: int | None) -> bytes:
+  if is_remote(path):
+    end = None if size is None else offset + size
+    content = fsspec.filesystem(path.partition("://")[0]).cat_file(path, offset, end)
+  else:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+      size = os.fstat(handle).st_size - offset if size is None else size
+      content = os.pread(handle, size, offset)
+    finally:
+      os.close(handle)
   if size is not None and len(content) < size:
     raise UserError(f"{path} ends before byte {offset + size}; it has been cut, or written anew since it was opened")
   return content
+
+
+def _may_pass(error: Exception, path: str) -> bool:
+  """Whether a network or its file system may only have had a bad moment."""
+  lasting = isinstance(error, _LASTING) or getattr(error, "errno", None) == errno.ENAMETOOLONG
+  return not lasting and (isinstance(error, OSError) or is_remote(path))
 
 
 class reading:
@@ -129,8 +153,12 @@ class reading:
     return self
 
   def __exit__(self, kind, error, trace):
+    if not isinstance(error, Exception) or isinstance(error, UserError):
+      return
     if isinstance(error, ImportError):
       extra = "gcsfs" if self._path.startswith("gs://") else "the fsspec package of this scheme"
       raise UserError(f"{self._path}: reading it needs {extra}; pip install it ({error})") from error
-    if isinstance(error, OSError | ValueError | RuntimeError) and not isinstance(error, UserError):
-      raise UserError(f"{self._path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    # What clients of buckets raise has no parent in common.
+    if isinstance(error, OSError | ValueError | RuntimeError) or is_remote(self._path):
+      why = " ".join(str(error).split())[:200] or kind.__name__
+      raise UserError(f"{self._path} cannot be read: {why}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from blip3o_jax.data import sources, transforms
+from blip3o_jax.data.builders import turns
 from blip3o_jax.errors import UserError
 
 
@@ -80,7 +81,7 @@ def describe(path: str | Path, num: int = 3) -> Iterator[str]:
     UserError: there is nothing to read, or it cannot be read.
   """
   for part in _parts(path):
-    source = sources.open_source(str(part))
+    source = sources.open_source(str(part), captions=False)
     yield f"{part}: {source!r}"
     for i in range(min(num, len(source))):
       record = source[i]
@@ -88,10 +89,15 @@ def describe(path: str | Path, num: int = 3) -> Iterator[str]:
       if record.get("image"):
         picture = transforms.decode(record["image"], record["name"])
         size = f"{picture.width} x {picture.height}"
-      # Conversations go by message, captions are one text.
-      turns = record.get("conversations") or [{"value": record.get("text", "")}]
       yield f"  {record['name']}: {size}"
-      yield from (f"    {' '.join(str(text).split())}" for text in (turn["value"] for turn in turns))
+      # Conversations go by message, captions are one text.
+      said = [text for turn in turns(record) for text in turn] if "conversations" in record else [record.get("text")]
+      yield from (f"    {_one_line(text)}" for text in said if text is not None)
+
+
+def _one_line(text: object) -> str:
+  """What can be printed of a text, whatever it is."""
+  return " ".join(str(text).split()).encode(errors="replace").decode()
 
 
 def _parts(path: str | Path) -> list[str | Path]:

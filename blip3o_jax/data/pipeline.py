@@ -17,7 +17,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from blip3o_jax.data.builders import DataConfig, make_builder
+from blip3o_jax.data.builders import DataConfig, make_builder, require_whole
 from blip3o_jax.data.features import FeatureSource
 from blip3o_jax.data.mixture import Mixture
 from blip3o_jax.data.pictures import Pictures
@@ -46,6 +46,7 @@ class Reading:
   cache: bool = False
 
   def __post_init__(self):
+    require_whole(self, threads=0, prefetch=0, workers=0)
     object.__setattr__(self, "threads", self.threads or (1 if self.workers else 2))
 
 
@@ -108,12 +109,16 @@ def parse(cfg: Mapping[str, Any]) -> tuple[dict[str, DataConfig], Reading]:
 
 def _fields(kind, values: Mapping[str, Any], where: str):
   known = [field.name for field in dataclasses.fields(kind)]
+  if not isinstance(values, Mapping):
+    raise UserError(f"{where} config is {values!r}; give its fields: {', '.join(sorted(known))}")
   if unknown := sorted(set(values) - set(known)):
     raise UserError(f"{where} config has unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}")
   if kind is DataConfig and ("task" not in values or bool(values.get("path")) == bool(values.get("sources"))):
     raise UserError(
       f"{where} config needs a task, and either a path or sources; it has {', '.join(values) or 'nothing'}"
     )
+  if kind is SourceConfig and not values.get("path"):
+    raise UserError(f"{where} config needs a path")
   return kind(**values)
 
 
@@ -172,13 +177,18 @@ def split_rows(configs: Mapping[str, DataConfig], batch_size: int, process_count
   return [batch_size * config.rows // total for config in configs.values()]
 
 
-def open_mixture(config: DataConfig) -> Mixture:
-  """The sources of one group. Raises UserError for what is wrong with any of them."""
+def sources_of(config: DataConfig) -> dict[str, SourceConfig]:
+  """The sources of one group by name. Raises UserError for keys that nothing reads, or lacking ones."""
   named = config.sources or {str(config.path): {"path": config.path}}
+  return {name: _fields(SourceConfig, fields, f"data.sources.{name}") for name, fields in named.items()}
+
+
+def open_mixture(config: DataConfig) -> Mixture:
+  """The opened sources of one group. Raises UserError for what is wrong with any of them."""
   opened, weights = {}, {}
-  for name, fields in named.items():
-    source = _fields(SourceConfig, fields, f"data.sources.{name}")
-    opened[name], weights[name] = open_source(source), source.weight
+  for name, source in sources_of(config).items():
+    opened[name] = open_source(source, captions=config.task != "images")
+    weights[name] = source.weight
     if (cached := isinstance(opened[name], FeatureSource)) != (config.task == "features"):
       raise UserError(f"{name} holds {'features' if cached else 'no cached features'}, data.task is {config.task}")
   return Mixture(opened, weights)

@@ -40,6 +40,7 @@ class SourceConfig:
   path: one path, pattern or list of these (see data.files.expand), local or in a bucket, all of one kind:
     tars `*.tar` (WebDataset); rows `*.jsonl`; ArrayRecord `*.array_record*`; a folder of any of these; a prepared TFDS
     dataset (its folder, or `tfds:NAME` for one under TFDS_DATA_DIR); a folder of cached features (data.features).
+    Of these last two, only one.
   weight: share in a mixture; 0 = the number of its samples, so that sources are as good as concatenated (spec 11.2).
   image, text: which fields of a row or features of a TFDS dataset are the picture and its caption; "" = image, and
     text or caption, whichever there is.
@@ -54,6 +55,11 @@ class SourceConfig:
   root: str = ""
   split: str = "train"
 
+  @property
+  def paths(self) -> list[str]:
+    """`path` as a list, whether it is one or several."""
+    return [self.path] if isinstance(self.path, str) else [os.fspath(path) for path in self.path]
+
 
 def open_source(cfg: SourceConfig | str | os.PathLike, *, captions: bool = True) -> Source:
   """The source that a config or a plain path means.
@@ -65,17 +71,17 @@ def open_source(cfg: SourceConfig | str | os.PathLike, *, captions: bool = True)
     UserError: nothing there, files of several kinds, or what is wrong with them.
   """
   cfg = cfg if isinstance(cfg, SourceConfig) else SourceConfig(os.fspath(cfg))
-  if isinstance(cfg.path, str) and cfg.path.startswith(TFDS):
-    return TfdsSource(cfg)
-  if isinstance(cfg.path, str) and os.path.exists(os.path.join(cfg.path, MANIFEST)):
-    return FeatureSource(cfg.path)
-  found = files.expand(cfg.path)
-  if len(found) == 1 and _is_tfds(found[0]):
-    return TfdsSource(dataclasses.replace(cfg, path=found[0]))
+  named = [path for path in cfg.paths if path.startswith(TFDS)]
+  found = named + files.expand([path for path in cfg.paths if path not in named])
+  if alone := [path for path in found if _is_features(path) or _is_tfds(path)]:
+    if len(found) > 1:
+      raise UserError(f"{alone[0]} cannot be read as one with others; name each of them under data.sources")
+    return FeatureSource(found[0]) if _is_features(found[0]) else TfdsSource(dataclasses.replace(cfg, path=found[0]))
   shards = [file for path in found for file in _data_files(path)]
   kinds = {_kind(shard) for shard in shards}
   if len(kinds) > 1:
-    raise UserError(f"{cfg.path} holds data of several kinds ({', '.join(sorted(kinds))}); name the files of one")
+    where = ", ".join(cfg.paths)
+    raise UserError(f"{where} holds data of several kinds ({', '.join(sorted(kinds))}); name the files of one")
   if kinds == {"tar"}:
     return TarSource(shards, captions)
   return (JsonlSource if kinds == {"jsonl"} else ArrayRecordSource)(shards, cfg)
@@ -99,14 +105,20 @@ def _data_files(path: str) -> list[str]:
   raise UserError(f"{path} is no data that is known here; give .tar shards, .jsonl or .array_record files, or a folder")
 
 
+def _is_features(path: str) -> bool:
+  return not _kind(path) and os.path.exists(os.path.join(path, MANIFEST))
+
+
 def _is_tfds(path: str) -> bool:
-  return files.is_folder(path) and _TFDS_FILE in files.listing(path)
+  if path.startswith(TFDS):
+    return True
+  return not _kind(path) and files.is_folder(path) and _TFDS_FILE in files.listing(path)
 
 
 def _record(row: dict, cfg: SourceConfig, name: str) -> dict:
   """A row with picture and caption where builders look for them. Raises UserError if a named field is missing."""
   if lacking := [field for field in (cfg.image, cfg.text) if field and field not in row]:
-    raise UserError(f"{name} has no field {lacking[0]!r}; there are {', '.join(sorted(row))}")
+    raise UserError(f"{name} has no field {lacking[0]!r}; there are {', '.join(sorted(map(str, row)))}")
   text = row.get(cfg.text) if cfg.text else row.get("text", row.get("caption"))
   if isinstance(text, bytes):
     try:
@@ -114,6 +126,13 @@ def _record(row: dict, cfg: SourceConfig, name: str) -> dict:
     except UnicodeDecodeError:
       raise UserError(f"the caption of {name} is not UTF-8") from None
   return row | {"image": row.get(cfg.image or "image"), "name": name} | ({} if text is None else {"text": text})
+
+
+def _with_bytes(record: dict) -> dict:
+  """The record itself. Raises UserError if its picture is no bytes."""
+  if not isinstance(record["image"], bytes | None):
+    raise UserError(f"{record['name']}: its picture is a {type(record['image']).__name__}, not the bytes of a file")
+  return record
 
 
 class JsonlSource:
@@ -149,7 +168,7 @@ class JsonlSource:
     name = f"{path}: line {line + 1}"
     try:
       row = json.loads(files.read(path, start, end - start))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise UserError(f"{name} is not JSON: {error}") from None
     if not isinstance(row, dict):
       raise UserError(f"{name} is not a JSON object")
@@ -157,7 +176,7 @@ class JsonlSource:
     if record["image"] is not None:
       if not isinstance(record["image"], str):
         raise UserError(f"{name}: its picture is {record['image']!r}, not a path")
-      root = self._cfg.root or path.rpartition("/")[0]
+      root = self._cfg.root or os.path.dirname(path)
       try:
         record["image"] = files.read(os.path.join(root, record["image"]))
       except UserError as error:
@@ -194,29 +213,36 @@ class ArrayRecordSource:
     if remote := [path for path in paths if files.is_remote(path)]:
       raise UserError(f"{remote[0]}: ArrayRecord is read from local disks only; copy it, or mount the bucket")
     self.paths, self._cfg = paths, cfg
-    with files.reading(paths[0]):
-      self._records = grain.sources.ArrayRecordDataSource(paths)
-      if not len(self._records):
-        raise UserError(f"{paths[0]} has no records")
+    self._files = [_array_record(path) for path in paths]
+    self._first = np.cumsum([0] + [len(file) for file in self._files]).tolist()
+    if not len(self):
+      raise UserError(f"{paths[0]} has no records")
 
   def __len__(self) -> int:
-    return len(self._records)
+    return self._first[-1]
 
   def __repr__(self) -> str:
     return f"ArrayRecordSource({_few(self.paths)}, {len(self)} records)"
 
   def __getitem__(self, index: int) -> dict:
     """The record's fields. Raises UserError for one that cannot be read or is no msgpack map."""
-    name = f"{self.paths[0]}: record {index}"
+    number = bisect.bisect_right(self._first, index) - 1
+    place = index - self._first[number]
+    name = f"{self.paths[number]}: record {place}"
     with files.reading(name):
-      content = self._records[index]
+      content = self._files[number][place]
     try:
       row = msgpack.unpackb(content)
     except Exception as error:  # the library raises several kinds that share no parent
       raise UserError(f"{name} is not msgpack: {error}") from None
     if not isinstance(row, dict):
       raise UserError(f"{name} is not a msgpack map")
-    return _record(row, self._cfg, name)
+    return _with_bytes(_record(row, self._cfg, name))
+
+
+def _array_record(path: str) -> grain.sources.ArrayRecordDataSource:
+  with files.reading(path):
+    return grain.sources.ArrayRecordDataSource(path)
 
 
 class TfdsSource:
@@ -257,8 +283,8 @@ class TfdsSource:
     return f"TfdsSource({self.path}, split {self._cfg.split}, {len(self)} examples)"
 
   def __getitem__(self, index: int) -> dict:
-    """The example's features, its picture as bytes."""
+    """The example's features, its picture as bytes. Raises UserError for one that cannot be read, or has no bytes."""
     name = f"{self.path}: {self._cfg.split} {index}"
     with files.reading(name):
       example = dict(self._examples[index])
-    return _record(example, self._cfg, name)
+    return _with_bytes(_record(example, self._cfg, name))

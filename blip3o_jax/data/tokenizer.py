@@ -88,7 +88,7 @@ class Tokenizer:
     return self.backend.get_vocab_size()
 
   def encode(self, text: str) -> list[int]:
-    """Token ids of a text, nothing added."""
+    """Token ids of a text, nothing added. Raises UserError for what is no valid Unicode."""
     # The template's words come again and again; long texts hardly ever do, and would fill the memory.
     return list(_encode_again(self.backend, text) if len(text) <= 256 else _encode(self.backend, text))
 
@@ -118,7 +118,10 @@ class Tokenizer:
 
 
 def _encode(backend: tokenizers.Tokenizer, text: str) -> tuple[int, ...]:
-  return tuple(backend.encode(text, add_special_tokens=False).ids)
+  try:
+    return tuple(backend.encode(text, add_special_tokens=False).ids)
+  except TypeError:  # JSON may hold halves of surrogate pairs, "\ud83d", which are no characters
+    raise UserError(f"{text[:40]!r} is no valid Unicode text") from None
 
 
 _encode_again = functools.lru_cache(maxsize=16384)(_encode)

@@ -10,6 +10,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from blip3o_jax.errors import UserError
 
 MAX_PIXELS = 89_478_485  # where PIL begins to suspect a decompression bomb: 256 MiB of RGB
+MODES = ("crop", "squash")  # ways to a square, see `square`
 MAX_RATIO = 200  # of the sides; the longer one is resized as a whole before it is cropped
 
 
@@ -88,8 +89,8 @@ def square(image: Image.Image, size: int, mode: str = "crop") -> np.ndarray:
   Raises:
     UserError: an unknown mode, or one side more than MAX_RATIO times the other.
   """
-  if mode not in ("crop", "squash"):
-    raise UserError(f"resize mode {mode!r} is unknown; choose crop or squash")
+  if mode not in MODES:
+    raise UserError(f"resize mode {mode!r} is unknown; choose {' or '.join(MODES)}")
   width, height = image.size
   if max(image.size) > MAX_RATIO * min(image.size):
     raise UserError(f"a picture of {image.width} x {image.height} is too long and thin: crop it below 1 : {MAX_RATIO}")

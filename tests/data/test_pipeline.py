@@ -1,16 +1,18 @@
 import collections
 import dataclasses
+import errno
 import io
 import itertools
 import json
 import logging
 import multiprocessing
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from blip3o_jax.data import pipeline, shapes_corpus, tars, templates
+from blip3o_jax.data import files, pipeline, shapes_corpus, tars, templates
 from blip3o_jax.data.pictures import QwenPictures, SiglipPictures
 from blip3o_jax.data.pipeline import DataConfig, make_loader
 from blip3o_jax.data.sources import open_source
@@ -118,6 +120,30 @@ def test_only_bad_samples_is_an_error(numbered, tmp_path):
     next(make_loader(numbered, batch_size=5, seed=1))
 
 
+def test_pictures_alone_are_enough_where_captions_are_not_read(numbered, tmp_path, tokenizer):
+  whole = numbers(make_loader(numbered, batch_size=5, seed=1), 4)
+  tars.write(tmp_path / "a.tar", [(f"{i:03d}.png", png(i)) for i in range(N)])
+  assert numbers(make_loader(numbered, batch_size=5, seed=1), 4) == whole
+  with pytest.raises(UserError, match="a.tar holds pictures without captions"):
+    make_loader(numbered | {"task": "captions"}, batch_size=5, seed=1, tokenizer=tokenizer)
+
+
+def test_a_passing_trouble_of_the_disk_changes_nothing(numbered, monkeypatch):
+  whole = numbers(make_loader(numbered, batch_size=5, seed=1), 4)
+  monkeypatch.setattr(files, "_WAITS", (0.0,))
+  pread, failed = os.pread, set()
+
+  def at_second_try(handle, size, offset):
+    if offset not in failed:
+      failed.add(offset)
+      raise OSError(errno.EIO, "Input/output error")
+    return pread(handle, size, offset)
+
+  monkeypatch.setattr(os, "pread", at_second_try)
+  assert numbers(make_loader(numbered, batch_size=5, seed=1), 4) == whole
+  assert len(failed) == N
+
+
 def test_captions(corpus, tokenizer):
   cfg = {"task": "captions", "path": str(corpus / "contrastive"), "max_length": 24}
   batch = next(make_loader(cfg, batch_size=4, seed=0, tokenizer=tokenizer))
@@ -208,6 +234,45 @@ def test_too_long_a_conversation_is_cut_and_one_without_answers_is_bad(tmp_path,
     pipeline.make_builder(cfg, tokenizer, pictures)(record)
   sample = pipeline.make_builder(dataclasses.replace(cfg, max_length=80), tokenizer, pictures)
   assert sample(record)["token_mask"].sum() <= 80
+
+
+MALFORMED = [
+  ([["human", "<image>\n?"], ["gpt", None]], "human and gpt messages in turn, all text"),
+  ([["human", "<image>\n?"], ["gpt", 3]], "human and gpt messages in turn, all text"),
+  ([["human", "<image>\n?"]], "human and gpt messages in turn, all text"),
+  ([], "human and gpt messages in turn, all text"),
+  ([["human", "<image>\n\ud83d"], ["gpt", "no"]], "no valid Unicode"),
+  ([["human", "no place"], ["gpt", "no"]], "1 pictures but 0 <image>"),
+  ([["human", "<image>\n<|image_pad|>"], ["gpt", "no"]], "row 0 has 17 image tokens"),
+]
+
+
+@pytest.mark.parametrize("messages, why", MALFORMED)
+def test_malformed_conversations_are_told_by_name(tmp_path, tokenizer, messages, why):
+  (tmp_path / "0.png").write_bytes(png(0))
+  row = {"image": "0.png", "conversations": [{"from": role, "value": value} for role, value in messages]}
+  (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+  pictures = QwenPictures(ImageProcessor(patch_size=8, min_pixels=4096), tokenizer.encode("<|image_pad|>")[0])
+  build = pipeline.make_builder(DataConfig("conversations", max_length=96, max_patches=64), tokenizer, pictures)
+  with pytest.raises(UserError, match=f"rows.jsonl: line 1: .*{why}") as error:
+    build(open_source(tmp_path / "rows.jsonl")[0])
+  assert str(error.value).count("rows.jsonl") == 1
+
+
+def test_pictures_that_do_not_fit_are_told_by_name(tmp_path, tokenizer):
+  buffer = io.BytesIO()
+  Image.new("RGB", (3000, 10)).save(buffer, "PNG")
+  tars.write(tmp_path / "a.tar", [("thin.png", buffer.getvalue()), ("wide.png", png(0))])
+  source = open_source(tmp_path / "a.tar", captions=False)
+  with pytest.raises(UserError, match="a.tar: thin: a picture of 3000 x 10 is too long and thin"):
+    pipeline.make_builder(DataConfig("images"))(source[0])
+  asked = {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "no"}]}
+  build = pipeline.make_builder(
+    DataConfig("conversations", max_patches=4), tokenizer, QwenPictures(ImageProcessor(), 635)
+  )
+  for i, why in enumerate(("thin: an image of 3000 x 10 is too long", "wide: row 0 has 1 images with 16 patches")):
+    with pytest.raises(UserError, match=f"a.tar: {why}"):
+      build(source[i] | asked)
 
 
 @pytest.fixture
@@ -352,6 +417,21 @@ def test_errors(numbered, tokenizer):
     make_loader({"task": "images"}, batch_size=5, seed=0)
   with pytest.raises(UserError, match="task 'x' is unknown"):
     make_loader(numbered | {"task": "x"}, batch_size=5, seed=0)
+  for change, why in [
+    ({"rows": 0}, "data.rows is 0; take a whole number from 1 on"),
+    ({"rows": -1}, "data.rows is -1"),
+    ({"image_size": 0}, "data.image_size is 0"),
+    ({"max_length": 0}, "data.max_length is 0"),
+    ({"workers": -1}, "data.workers is -1; take a whole number from 0 on"),
+    ({"threads": -1}, "data.threads is -1"),
+    ({"resize": "stretch"}, "data.resize 'stretch' is unknown; choose one of crop, squash"),
+    ({"form": "x"}, "data.form 'x' is unknown"),
+    ({"wording": "x"}, "data.wording 'x' is unknown"),
+    ({"path": "", "sources": {"a": {"weight": 1}}}, "data.sources.a config needs a path"),
+    ({"path": "", "sources": {"a": "data/a"}}, "data.sources.a config is 'data/a'; give its fields: "),
+  ]:
+    with pytest.raises(UserError, match=why):
+      make_loader(numbered | change, batch_size=5, seed=0)
   with pytest.raises(UserError, match="needs a tokenizer"):
     make_loader(numbered | {"task": "captions"}, batch_size=5, seed=0)
   asked = numbered | {"task": "conversations"}

@@ -57,6 +57,12 @@ def test_size_and_places_of_special_tokens(trained):
     train_tokenizer(["a"], 200)
 
 
+def test_halves_of_surrogate_pairs_are_no_text(trained):
+  for text in ("a circle \ud83d", "a circle " * 50 + "\udc00"):
+    with pytest.raises(UserError, match="'a circle .*' is no valid Unicode text"):
+      trained.encode(text)
+
+
 def test_text_survives(trained):
   for text in ("Ünïcode café — 東京 42!", " two  spaces\n\n\ttab", ""):
     assert trained.decode(trained.encode(text)) == text
