@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 
 from blip3o_jax.errors import CheckFailed, UserError
-from blip3o_jax.verification.recording import Line, Recording
+from blip3o_jax.verification.recording import MISFITS, Line, Recording, told
 
 # Component, as fixture.json names it -> module of this package.
 _MODULES = {
@@ -37,7 +37,8 @@ def replay(directory: os.PathLike | str, precision: str = "highest") -> list[Lin
     precision: of the products: "highest", or "bfloat16", to which accelerators round by default and CPUs never do.
 
   Raises:
-    UserError: not a recording, an input is absent, its weights do not fit, or its component is not known.
+    UserError: not a recording, an input is absent, its arrays, weights and settings do not fit each other, or its
+      component is not known.
   """
   recording = Recording(directory)
   if recording.component not in _MODULES:
@@ -45,33 +46,49 @@ def replay(directory: os.PathLike | str, precision: str = "highest") -> list[Lin
       f"{recording.path}: component {recording.component!r} is not supported yet; there are {', '.join(_MODULES)}"
     )
   module = importlib.import_module(f"{__name__}.{_MODULES[recording.component]}")
-  with jax.default_matmul_precision(precision):
-    module.check(recording)
+  try:
+    with jax.default_matmul_precision(precision):
+      module.check(recording)
+  except UserError as error:
+    raise UserError(f"{recording.path}: {error}") from error
+  except MISFITS as error:
+    raise UserError(
+      f"{recording.path}: its arrays, weights and settings do not fit each other ({told(error)}); record it again"
+    ) from error
   return recording.close()
 
 
 def verify(directories: Sequence[os.PathLike | str], as_json: bool = False) -> None:
-  """Replay recordings and print a line for every array: its error and its bar.
+  """Replay recordings and print a line for every array: its error and its bar. One that cannot be replayed does not
+  keep the others from it.
 
   Args:
     directories: each holds fixture.json, config, weights and io.npz (DESIGN part 3, "Recordings").
     as_json: print one JSON document instead of lines.
 
   Raises:
-    UserError: see `replay`.
+    UserError: see `replay`; the first of them, after all else is printed.
     CheckFailed: an array misses its bar, is not known, or nothing was compared.
   """
   if not directories:
     raise UserError("verify: no recording given; name one or more directories with a fixture.json")
-  missed, results = [], []
+  missed, results, errors = [], [], []
   for directory in directories:
-    lines = replay(directory)
+    lines: list[Line] = []
+    result = {"recording": os.fspath(directory)}
+    try:
+      lines = replay(directory)
+    except UserError as error:
+      errors.append(error)
+      result["error"] = str(error)
     missed += [f"{directory}: {line.name}" for line in lines if line.status == "miss"]
-    results.append({"recording": os.fspath(directory), "arrays": [_as_json(line) for line in lines]})
+    results.append(result | {"arrays": [_as_json(line) for line in lines]})
     if not as_json:
-      print(f"{directory}", *lines, sep="\n", flush=True)
+      print(f"{directory}", *(lines or [f"  {result['error']}"]), sep="\n", flush=True)
   if as_json:
-    print(json.dumps({"ok": not missed, "recordings": results}, indent=2))
+    print(json.dumps({"ok": not (missed or errors), "recordings": results}, indent=2))
+  if errors:
+    raise errors[0]
   if missed:
     more = f" and {len(missed) - 10} more" if len(missed) > 10 else ""
     raise CheckFailed(f"{len(missed)} missed: {'; '.join(missed[:10])}{more}")

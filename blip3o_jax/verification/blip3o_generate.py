@@ -6,9 +6,9 @@ import numpy as np
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.blip3o import Blip3o, Blip3oConfig, LatentQueries
-from blip3o_jax.models.qwen2_5_vl import Qwen25VL, Qwen25VLConfig
-from blip3o_jax.models.text_decoder import text_positions
+from blip3o_jax.models.text_decoder import TextDecoder, TextDecoderConfig, text_positions
 from blip3o_jax.porting.rules import blip3o
+from blip3o_jax.porting.safetensors_io import Renamed
 from blip3o_jax.verification import next_dit
 from blip3o_jax.verification.flow_matching import compare_states, draw
 from blip3o_jax.verification.recording import TRAJECTORY, Recording, load_params, nhwc, shapes
@@ -16,18 +16,23 @@ from blip3o_jax.verification.text_decoder import groups
 
 
 def load(rec: Recording) -> tuple[Blip3o, next_dit.LoadedDiT, dict]:
-  """(model, its DiT, {component: parameters} of backbone, queries and DiT)."""
+  """(model, its DiT, {component: parameters} of backbone, queries and DiT).
+
+  The prompts hold no pictures: of the backbone only the language model is taken, whatever stands beside it.
+  """
   reader = rec.weights()
   backbone = blip3o.part(reader, "backbone")
-  cfg = rec.build(Qwen25VLConfig.from_reference, rec.setting("qwen"), shapes(backbone))
+  text = {key.replace("model.language_model.", "model.", 1): key for key in backbone if "visual." not in key}
+  backbone = Renamed(backbone, text)
+  cfg = rec.build(TextDecoderConfig.from_reference, rec.setting("qwen"), shapes(backbone))
   dit = next_dit.load(rec, rec.setting("dit"), reader)
   queries = blip3o.part(reader, "queries")
   if not queries:
-    raise UserError(f"{rec.path}: no model.latent_queries among the weights")
+    raise UserError("no model.latent_queries among the weights")
   count = queries.shape("latent_queries")[1]
   model = Blip3o(Blip3oConfig(cfg, dit.model.cfg, clip=None, unet=None, vae=None, queries=count))
   params = {
-    "backbone": load_params("qwen2_5_vl", backbone, Qwen25VL(cfg), method="touch"),
+    "backbone": load_params("text_decoder", backbone, TextDecoder(cfg), method="touch"),
     "queries": load_params("queries", queries, LatentQueries(count, cfg.dim), 1),
     "dit": dit.params,
   }
@@ -51,6 +56,6 @@ def check(rec: Recording) -> None:
     rec.compare(f"{prefix}query_hidden_states", condition)
     noise = nhwc(rec.input(f"{prefix}init_noise"))
     sample = draw(dit, dit.params, condition, noise, steps=steps, guidance=guidance, shift=shift, n=count)
-    compare_states(rec, f"{prefix}latents_after", sample)
+    compare_states(rec, prefix, sample)
     latents = np.asarray(sample.latents)
     rec.compare(f"{prefix}clip_latents", latents.reshape(latents.shape[0], -1, latents.shape[-1]), TRAJECTORY)

@@ -32,7 +32,7 @@ def check(rec: Recording) -> None:
   start = np.argmax(queried, axis=1)
   place = np.arange(tokens.shape[1])[None]
   if not (queried == ((place >= start[:, None]) & (place < start[:, None] + count))).all():
-    raise UserError(f"{rec.path}: a row of 'input_ids' does not hold one run of {count} labelled image tokens")
+    raise UserError(f"a row of 'input_ids' does not hold one run of {count} labelled image tokens")
   rec.compare("i_s_pos", start)
   prompt, valid = jnp.asarray(tokens[:, : start.max()]), jnp.asarray(mask & (place < start[:, None]))[:, : start.max()]
   positions = jnp.broadcast_to(text_positions(valid)[:, None], (len(tokens), 3, prompt.shape[1]))

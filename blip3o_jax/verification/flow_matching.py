@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax.diffusion import flow_matching, solvers
+from blip3o_jax.diffusion.euler_discrete import EulerSample
 from blip3o_jax.diffusion.guidance import null_first
 from blip3o_jax.errors import UserError
 from blip3o_jax.verification import next_dit
@@ -51,10 +52,7 @@ def check(rec: Recording) -> None:
   rec.compare("sample_dit_timesteps", np.trunc(schedule.times))
   start = nhwc(rec.input("sample_init_noise"))
   sample = draw(dit, dit.params, cond, start, steps=steps, guidance=guidance, shift=shift, n=count)
-  for name, step in rec.matching(r"sample_guided_pred_step(\d+)"):
-    if 1 <= step <= steps:
-      rec.compare(name, nchw(sample.velocities[step - 1]), FORWARD if step == 1 else TRAJECTORY)
-  compare_states(rec, "sample_after", sample)
+  compare_states(rec, "", sample)
   rec.compare("sample_final", nchw(sample.latents), TRAJECTORY)
 
 
@@ -82,11 +80,15 @@ def per_image(cond: jax.Array, images: int) -> jax.Array:
   return jnp.repeat(jnp.asarray(cond), images // len(cond), axis=0)
 
 
-def compare_states(rec: Recording, name: str, sample: solvers.FlowSample) -> None:
-  """`<name>1`, `<name>10`, `<name>_half`: the latents after that many steps."""
-  steps = len(sample.states)
-  for array, step in rec.matching(re.escape(name) + r"(\d+)"):
-    if 1 <= step <= steps:
-      rec.compare(array, nchw(sample.states[step - 1]), FORWARD if step == 1 else TRAJECTORY)
-  if steps > 1:
-    rec.compare(f"{name}_half", nchw(sample.states[steps // 2 - 1]), TRAJECTORY)
+def compare_states(rec: Recording, prefix: str, sample: solvers.FlowSample | EulerSample) -> None:
+  """What is recorded on the way, under any name that ends so: `after10`, `after_half`: the latents after that many
+  steps; `guided_step1`, `guided_pred_step1`: the guided prediction of that step."""
+  _, states, predictions = sample
+  name = re.escape(prefix) + r"(?:\w+_)?"
+  for pattern, arrays in ((r"after(\d+)", states), (r"guided_(?:pred_)?step(\d+)", predictions)):
+    for array, step in rec.matching(name + pattern):
+      if 1 <= step <= len(arrays):
+        rec.compare(array, nchw(arrays[step - 1]), FORWARD if step == 1 else TRAJECTORY)
+  for array in rec.names:
+    if re.fullmatch(name + "after_half", array) and len(states) > 1:
+      rec.compare(array, nchw(states[len(states) // 2 - 1]), TRAJECTORY)

@@ -36,7 +36,7 @@ def load(rec: Recording, config: Mapping[str, Any], reader: Any) -> LoadedDiT:
   """The DiT among the weights of a recording, under whatever prefix."""
   prefixes = [key.removesuffix(_ANCHOR) for key in reader if key.endswith(_ANCHOR)]
   if len(prefixes) != 1:
-    raise UserError(f"{rec.path}: the weights hold {len(prefixes)} diffusion transformers ({_ANCHOR}); expected one")
+    raise UserError(f"the weights hold {len(prefixes)} diffusion transformers ({_ANCHOR}); expected one")
   prefix = prefixes[0]
   part = Renamed(reader, {"model." + key.removeprefix(prefix): key for key in reader if key.startswith(prefix)})
   cfg = rec.build(NextDiTConfig.from_reference, config, shapes(part))

@@ -48,7 +48,7 @@ def _images_of(rec: Recording, prefix: str) -> str:
   if "mm:" in found:
     return "mm:"
   if len(found) != 1:
-    raise UserError(f"{rec.path}: the input {prefix + 'pixel_values'!r} is absent; record it")
+    raise UserError(f"the input {prefix + 'pixel_values'!r} is absent; record it")
   return found[0]
 
 

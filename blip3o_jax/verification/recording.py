@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ from blip3o_jax.porting import convert, rules, safetensors_io
 
 FORWARD = 1e-4  # float32 bars (DESIGN part 3)
 TRAJECTORY = 1e-3  # also for gradients
+
+# What arrays, weights and settings raise that do not fit each other.
+MISFITS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, flax.errors.FlaxError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +52,12 @@ class Recording:
 
   def __init__(self, directory: os.PathLike | str):
     self.path = Path(directory)
-    self.fixture = self._json("fixture.json")
-    for key in ("component", "io"):
+    self.fixture = {"config": "config.json"} | self._json("fixture.json")
+    for key in ("component", "config", "io"):
       if not isinstance(self.fixture.get(key), str):
         raise UserError(f"{self.path / 'fixture.json'}: no {key!r}; is this a recording?")
     self.component: str = self.fixture["component"]
-    self.config = self._json(self.fixture.get("config", "config.json"))
+    self.config = self._json(self.fixture["config"])
     self.lines: list[Line] = []
     self._known: dict[str, None] = {}
     path = self.path / self.fixture["io"]
@@ -90,17 +94,16 @@ class Recording:
     value: Any = self.config
     for name in names:
       if not isinstance(value, Mapping) or name not in value:
-        raise UserError(f"{self.path}: {self.fixture.get('config', 'config.json')} has no {'.'.join(names)}")
+        raise UserError(f"{self.fixture['config']} has no {'.'.join(names)}")
       value = value[name]
     return value
 
   def build(self, from_reference: Callable, *args) -> Any:
-    """Our config by its `from_reference`. Raises UserError if the recording's lacks something."""
+    """Our config by its `from_reference`. Raises UserError if the recording's lacks something or is no such config."""
     try:
       return from_reference(*args)
-    except (KeyError, TypeError) as error:
-      name = self.fixture.get("config", "config.json")
-      raise UserError(f"{self.path / name}: cannot be understood ({type(error).__name__}: {error})") from error
+    except MISFITS as error:
+      raise UserError(f"{self.fixture['config']} cannot be understood ({told(error)})") from error
 
   # ---- the account
 
@@ -128,13 +131,13 @@ class Recording:
   def input(self, name: str) -> np.ndarray:
     """An array that ours starts from. Raises UserError if it is absent or not finite."""
     if name not in self._arrays:
-      raise UserError(f"{self.path}: the input {name!r} is not in {self.fixture['io']}; record it")
+      raise UserError(f"the input {name!r} is not in {self.fixture['io']}; record it")
     array = self._arrays[name]
     if not np.isfinite(array).all():
-      raise UserError(f"{self.path}: the input {name!r} holds numbers that are not finite")
+      raise UserError(f"the input {name!r} holds numbers that are not finite")
     if name not in self._known:
       self._note(Line(name, "input"))
-    return array
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
 
   def compare(self, name: str, ours: Any, bar: float = FORWARD, valid: np.ndarray | None = None) -> None:
     """Compare with the recorded array, if there is one.
@@ -204,6 +207,11 @@ class Recording:
     if not any(line.error is not None for line in self.lines):
       self.lines.append(Line("(recording)", "miss", note="nothing was compared"))
     return self.lines
+
+
+def told(error: Exception) -> str:
+  """A library's error as part of one line."""
+  return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def load_params(

@@ -8,8 +8,8 @@ from blip3o_jax.diffusion.euler_discrete import EulerDiscreteConfig, euler_table
 from blip3o_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from blip3o_jax.models.unet import UNet, UNetConfig
 from blip3o_jax.porting.rules import blip3o
-from blip3o_jax.verification.flow_matching import per_image
-from blip3o_jax.verification.recording import FORWARD, TRAJECTORY, Recording, load_params, nchw, nhwc
+from blip3o_jax.verification.flow_matching import compare_states, per_image
+from blip3o_jax.verification.recording import TRAJECTORY, Recording, load_params, nchw, nhwc
 
 
 def check(rec: Recording) -> None:
@@ -62,13 +62,7 @@ def check(rec: Recording) -> None:
       lambda x, t: predict(p, x, t), noise, process, steps=steps, guidance=guidance, trajectory=True
     )
   )(params)
-  for name, step in rec.matching(r"guided_step(\d+)"):
-    if 1 <= step <= steps:
-      rec.compare(name, nchw(sample.predictions[step - 1]), FORWARD if step == 1 else TRAJECTORY)
-  for name, step in rec.matching(r"latents_after(\d+)"):
-    if 1 <= step <= steps:
-      rec.compare(name, nchw(sample.states[step - 1]), FORWARD if step == 1 else TRAJECTORY)
-  rec.compare("latents_after_half", nchw(sample.states[steps // 2 - 1]), TRAJECTORY)
+  compare_states(rec, "", sample)
   rec.compare("latents_final", nchw(sample.latents), TRAJECTORY)
 
   image = decode(vae_params, sample.latents / vae.cfg.scaling_factor + vae.cfg.shift)

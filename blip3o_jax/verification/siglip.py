@@ -30,5 +30,5 @@ def check(rec: Recording) -> None:
   if "penultimate_pooled" in rec:
     tokens = rec.length("penultimate_pooled", 1)
     if math.isqrt(tokens) ** 2 != tokens:
-      raise UserError(f"{rec.path}: penultimate_pooled has {tokens} tokens, which is not a square")
+      raise UserError(f"penultimate_pooled has {tokens} tokens, which is not a square")
     rec.compare("penultimate_pooled", adaptive_pool(out.penultimate, math.isqrt(tokens)))

@@ -11,6 +11,8 @@ from blip3o_jax.inference.text import Sampling, generate_text
 from blip3o_jax.models.text_decoder import TextDecoder, TextDecoderConfig, text_positions
 from blip3o_jax.verification.recording import Recording, load_params, shapes, sown
 
+_INPUTS = ("input_ids", "attention_mask")
+
 
 def check(rec: Recording) -> None:
   reader = rec.weights()
@@ -22,8 +24,10 @@ def check(rec: Recording) -> None:
 
 
 def groups(rec: Recording) -> list[str]:
-  """The prefixes under which a recording holds token batches ("" if there is one without prefix)."""
-  return [name.removesuffix("input_ids") for name in rec.names if name.rpartition(":")[2] == "input_ids"]
+  """The prefixes under which a recording holds token batches ("" if there is one without prefix). Either input shows a
+  batch, so that an absent one is noticed."""
+  found = [name.rpartition(":") for name in rec.names]
+  return list(dict.fromkeys(f"{prefix}{colon}" for prefix, colon, name in found if name in _INPUTS))
 
 
 def check_group(

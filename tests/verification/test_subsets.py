@@ -1,4 +1,4 @@
-"""Recordings of SigLIP and the Sana decoder with other arrays, weights and settings than the bundled ones."""
+"""Recordings with other arrays, weights and settings than the bundled ones."""
 
 import json
 import shutil
@@ -110,3 +110,68 @@ def test_no_guidance(vary):
   keep = {"z_latents", "null_z_latents", "sample_init_noise", "sample_after1"}
   found = statuses(vary("sana_decoder", keep=keep, config={"guidance_scale": 1.0}))
   assert (found["null_z_latents"], found["sample_after1"]) == ("not compared", "miss")
+
+
+def guided(start, after, sigmas):
+  """The prediction of the first step, x' = x + (sigma' - sigma) v, under three names: the last is another step's."""
+  velocity = (after - start) / np.float32(sigmas[1] - sigmas[0])
+  return dict.fromkeys(("guided_step1", "sample_guided_pred_step1", "guided_step2"), velocity)
+
+
+def test_several_pictures_of_each_condition(vary):
+  """Two starts a row: the unconditional features are repeated as the conditions are."""
+  keep = {"z_latents", "null_z_latents", "sample_init_noise", "sample_after1", "sample_after3"}
+  with np.load(GOLDEN / "sana_decoder" / "io.npz") as io:
+    arrays = {name: io[name].repeat(2, axis=0) for name in keep if name.startswith("sample_")}
+    arrays |= guided(arrays["sample_init_noise"], arrays["sample_after1"], io["dpm_sigmas"])
+  found = statuses(vary("sana_decoder", arrays, keep))
+  assert [found[name] for name in ("sample_after1", "sample_after3")] == ["ok", "ok"]
+  assert [found[name] for name in arrays if "guided" in name] == ["ok", "ok", "miss"]
+
+
+def test_names_of_guided_predictions_of_a_group(vary):
+  with np.load(GOLDEN / "blip3o_generate" / "io.npz") as io:
+    arrays = guided(io["empty:init_noise"], io["empty:latents_after1"], [1.0, 29 / 30])
+    keep = {name for name in io if name.startswith("empty:")}
+  arrays = {f"empty:{name}": array for name, array in arrays.items()}
+  found = statuses(vary("blip3o_generate", arrays, keep))
+  assert [found[name] for name in arrays] == ["ok", "ok", "miss"]
+
+
+def test_prompts_need_no_vision_tower(vary):
+  """The weights of a recording from prompt to features are the language model's, the queries' and the DiT's."""
+  settings = json.loads((GOLDEN / "blip3o_generate" / "config.json").read_text())
+  del settings["qwen"]["vision_config"]
+  text = lambda key: None if key.startswith("visual.") else key
+  keep = {"single:input_ids", "single:attention_mask", "single:query_hidden_states", "single:init_noise"}
+  found = statuses(vary("blip3o_generate", keep=keep, rename=text, config=settings))
+  assert found["single:query_hidden_states"] == "ok" and "miss" not in found.values()
+
+
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask"])
+@pytest.mark.parametrize("folder, prefix", [("llama", "left:"), ("qwen2_5_vl", "mm:"), ("blip3o_generate", "single:")])
+def test_an_absent_input_of_a_group(vary, folder, prefix, name):
+  keep = {f"{prefix}{other}" for other in ("input_ids", "attention_mask", "logits", "query_hidden_states")}
+  with pytest.raises(UserError, match=f"{folder}: the input '{prefix}{name}' is not in io.npz"):
+    verification.replay(vary(folder, keep=keep - {f"{prefix}{name}"}))
+
+
+ONES = np.ones((2, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+  "folder, arrays, config",
+  [
+    ("eva_clip", {"image": ONES[0]}, {}),  # too few axes
+    ("next_dit", {"z_latents": np.ones((4, 10, 63), np.float32)}, {}),  # of another width than the weights
+    ("llama", {"left:input_ids": ONES.astype(np.int32)}, {}),  # of another length than the mask
+    ("blip3o_generate", {}, {"steps": None}),
+    ("eva_clip", {}, {"gen_pooling": "early_pool2d"}),  # no number
+    ("eva_clip", {}, {"vision_cfg": [1]}),
+    ("siglip", {}, {"num_attention_heads": 0}),
+  ],
+)
+def test_what_does_not_fit_is_an_input_error_in_one_line(vary, folder, arrays, config):
+  with pytest.raises(UserError) as error:
+    verification.replay(vary(folder, arrays, config=config))
+  assert folder in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600

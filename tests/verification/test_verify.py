@@ -184,6 +184,27 @@ def test_bad_recordings(tmp_path, small):
     verification.verify([directory])
 
 
+def test_one_that_cannot_be_replayed_does_not_hide_the_others(tmp_path, small, capsys):
+  good, absent = small(x=X, y=2 * X), tmp_path / "absent"
+  with pytest.raises(UserError, match="absent"):
+    verification.verify([absent, good])
+  out = capsys.readouterr().out
+  assert "absent" in out and "error  0.0e+00" in out and "all within" not in out
+  with pytest.raises(UserError, match="absent"):
+    verification.verify([good, absent], as_json=True)
+  report = json.loads(capsys.readouterr().out)
+  assert not report["ok"]
+  first, second = report["recordings"]
+  assert [entry["status"] for entry in first["arrays"]][:2] == ["input", "ok"] and "error" not in first
+  assert second["arrays"] == [] and "No such file" in second["error"]
+
+
+def test_floats_go_in_as_float32(small):
+  """Whatever they are stored as: nothing else is replayed."""
+  rec = Recording(small(x=X.astype(np.float64), half=X.astype(np.float16), ids=np.arange(3)))
+  assert [rec.input(name).dtype for name in ("x", "half", "ids")] == [np.float32, np.float32, np.int64]
+
+
 def test_several_pictures_of_one_condition(tmp_path):
   """Each condition with two starts, as num_images_per_prompt = 2 records them (spec 3.3)."""
   copy = tmp_path / "flow"
