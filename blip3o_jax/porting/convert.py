@@ -159,7 +159,7 @@ class Canonical(Mapping[str, np.ndarray]):
     keys = self._keys[name]
     if len(keys) == 1 and self.spec(name).dtype == dtype:
       return stream(self._reader, keys[0])
-    return cast(self[name], dtype)
+    return cast(self.spelled(name), self[name], dtype)
 
   def spec(self, name: str) -> Spec:
     """Shape and dtype, without reading."""
@@ -392,9 +392,17 @@ def content_hash(arrays: Iterable[tuple[str, Stored]]) -> str:
   return digest.hexdigest()
 
 
-def cast(array: np.ndarray, dtype: Any) -> np.ndarray:
-  """The array, contiguous, floating-point numbers as `dtype` (their own if None)."""
-  return np.ascontiguousarray(array, stored_dtype(array.dtype, dtype)).reshape(array.shape)
+def cast(key: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+  """The array, contiguous, floating-point numbers as `dtype` (their own if None).
+
+  Raises:
+    UserError: a number that float16, which ends at 65504, would make infinite.
+  """
+  with np.errstate(over="ignore"):
+    out = np.ascontiguousarray(array, stored_dtype(array.dtype, dtype)).reshape(array.shape)
+  if out.dtype == np.float16 and np.isinf(out).any() and not np.isinf(array).any():
+    raise UserError(f"{key}: has numbers too large for float16; take bfloat16")
+  return out
 
 
 def stored_dtype(dtype: Any, wanted: Any) -> np.dtype:
@@ -409,4 +417,4 @@ def _by_key(outputs: Iterable[_Output]) -> list[_Output]:
 def _stream(leaves: Mapping[str, Any], outputs: Sequence[_Output], dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
   for out in outputs:
     parts = [to_reference_array(out.rule.transform, whole(leaves[path][out.index])) for path in out.paths]
-    yield out.key, cast(parts[0] if len(parts) == 1 else np.concatenate(parts), dtype)
+    yield out.key, cast(out.key, parts[0] if len(parts) == 1 else np.concatenate(parts), dtype)

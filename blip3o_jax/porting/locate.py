@@ -5,11 +5,13 @@ import importlib.resources
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from etils import epath
 
+from blip3o_jax.data.files import reading
 from blip3o_jax.errors import UserError
 from blip3o_jax.porting import assemble, model_dir, release
 from blip3o_jax.porting.source import TOKENIZER_FILES, Source
@@ -69,6 +71,9 @@ def convert_model(
   source, dtype = open_models(names), dtype and jnp.dtype(dtype)
   if part and format != "safetensors":
     raise UserError("--part goes with --format safetensors; a model directory holds its parts apart anyway")
+  for one in names:  # what is not read of it, or not written, would be lost
+    if Path(os.path.realpath(find(one))).is_relative_to(os.path.realpath(directory)):
+      raise UserError(f"{directory}: {one}, which is read, lies there; choose another place")
   told = [f"left out, {source.name} has it but the model does not: {key}" for key in source.dropped()]
   if format == "safetensors":
     out, left = release.write(source, directory, part=part, dtype=dtype)
@@ -87,8 +92,9 @@ def find(name: os.PathLike | str) -> epath.Path:
       return path
     raise UserError(f"the bundled model {text!r} is missing from this installation; install the package again")
   path = epath.Path(text).expanduser()
-  if path.exists():
-    return path
+  with reading(text):
+    if path.exists():
+      return path
   if _HUB_ID.fullmatch(text) and not isinstance(name, os.PathLike):
     return _fetch(text)
   names = ", ".join(BUNDLED)

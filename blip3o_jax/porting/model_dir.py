@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from blip3o_jax.data.files import is_remote
+from blip3o_jax.data.files import is_remote, reading
 from blip3o_jax.data.outputs import write_atomically
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
@@ -39,6 +40,7 @@ FORMATS = ("safetensors", "orbax")
 MANIFEST = "model.json"
 _WEIGHTS, _TOKENIZER, _PREPROCESSOR = "weights", "tokenizer", "preprocessor.json"
 _SAFETENSORS = "model.safetensors"
+INCOMPLETE = ".incomplete"  # lies in a directory of a bucket while it is replaced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +145,7 @@ def write(
     raise UserError(f"weight format {format!r} is unknown; choose one of {', '.join(FORMATS)}")
   config = presets.get(preset, overrides)  # raises on a config that could not be read back
   old, main = carry_from, jax.process_index() == 0
-  with replacing(directory, MANIFEST) as temporary:
+  with replacing(directory, MANIFEST, _WEIGHTS, _TOKENIZER, _PREPROCESSOR) as temporary:
     entries = {name: _write_params(temporary, name, config, tree, format, dtype) for name, tree in params.items()}
     if main:
       for name in old.components if old else ():
@@ -328,28 +330,35 @@ def _take_tree(source: epath.Path, target: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(directory: os.PathLike | str, *marks: str) -> Iterator[epath.Path]:
+def replacing(directory: os.PathLike | str, mark: str, *own: str) -> Iterator[epath.Path]:
   """A temporary directory that takes the place of `directory` if the block ends well, and vanishes if not.
 
-  Every process of a job must enter; the first one moves.
+  Every process of a job must enter; the first one moves. A bucket has no rename: there `mark` goes first and comes
+  last, so that whatever lies beside it is complete.
 
   Args:
-    marks: files one of which must be in a directory that is already there and not empty, or it is left alone.
+    mark: a file that must be in a directory that is already there and not empty, or it is left alone.
+    own: patterns ("*.safetensors", "a/*/b.json") of what else the writer may leave; if anything else lies in the
+      directory, it is left alone too. What is below a matching directory is not looked at.
 
   Raises:
     UserError: something else lies there; trouble of the disk.
   """
-  target, main = epath.Path(directory), jax.process_index() == 0
-  if target.exists() and not any((target / mark).exists() for mark in marks) and any(target.iterdir()):
-    raise UserError(f"{target}: not empty and not a model directory; choose another place")
+  # What a link points at is replaced, not the link.
+  target = epath.Path(directory if is_remote(directory) else os.path.realpath(directory))
   temporary = target.parent / f".{target.name}.tmp"  # the same on every process
+  main = jax.process_index() == 0
+  with reading(os.fspath(target)):
+    _check_ours(target, mark, own)
   try:
     if main:
       temporary.rmtree(missing_ok=True)
       temporary.mkdir(parents=True)
     barrier(f"{target}: start")
     yield temporary
-    if main:
+    if main and is_remote(target):
+      _swap_in_bucket(temporary, target, mark)
+    elif main:
       _swap(temporary, target)
     barrier(f"{target}: done")
   except OSError as error:
@@ -361,13 +370,47 @@ def replacing(directory: os.PathLike | str, *marks: str) -> Iterator[epath.Path]
         temporary.rmtree(missing_ok=True)
 
 
+def _check_ours(target: epath.Path, mark: str, own: Iterable[str]) -> None:
+  """That nothing would be lost but what the writer once left, or half of it."""
+  if not target.exists():
+    return
+  if not target.is_dir():
+    raise UserError(f"{target}: is a file; choose another place")
+  if not any((target / name).exists() for name in (mark, INCOMPLETE)) and any(target.iterdir()):
+    raise UserError(f"{target}: not empty and not a model directory; choose another place")
+  if stranger := _stranger(target, {mark, INCOMPLETE, *own}):
+    raise UserError(f"{target}: holds {stranger}, which is no part of a model and would be lost; choose another place")
+
+
+def _stranger(directory: epath.Path, own: Iterable[str], above: str = "") -> str | None:
+  """The first file below `directory` that no pattern names."""
+  for item in sorted(directory.iterdir()):
+    name = f"{above}/{item.name}"
+    if any(PurePosixPath(name).match(f"/{pattern}") for pattern in own):
+      continue
+    if not item.is_dir():
+      return name[1:]
+    if stranger := _stranger(item, own, name):
+      return stranger
+  return None
+
+
 def _swap(temporary: epath.Path, target: epath.Path) -> None:
   """Put `temporary` in the place of `target`. A directory cannot be replaced in one step: the old one is moved away."""
-  if not target.exists():
-    temporary.rename(target)
-    return
   old = target.parent / f".{target.name}.old"
   old.rmtree(missing_ok=True)
-  target.rename(old)
+  if target.exists():
+    target.rename(old)
   temporary.rename(target)
-  old.rmtree()
+  old.rmtree(missing_ok=True)
+
+
+def _swap_in_bucket(temporary: epath.Path, target: epath.Path, mark: str) -> None:
+  """The same where files are moved one by one, and the program may be killed at any of them."""
+  (target / INCOMPLETE).write_text("being written; if nothing writes it any more, write it again\n")
+  for item in sorted(target.iterdir(), key=lambda item: item.name != mark):
+    if item.name != INCOMPLETE:
+      item.rmtree()
+  for item in sorted(temporary.iterdir(), key=lambda item: item.name == mark):
+    item.rename(target / item.name)
+  (target / INCOMPLETE).unlink()

@@ -1,8 +1,11 @@
 """The layout of the PyTorch release, whole or in part, in and out (spec part 10; floor 3).
 
 config.json, model*.safetensors          backbone, queries, DiT, perhaps the CLIP tower, told apart by prefix
-diffusion-decoder/{unet,vae,scheduler}/  config.json and diffusion_pytorch_model*.safetensors, as diffusers saves them
+diffusion-decoder/                       a diffusers pipeline: model_index.json, unet/, vae/, scheduler/, ...
 tokenizer.json, ..., preprocessor_config.json
+
+All that the release's own code reads is written, but for its pipeline_llava_gen.py, which belongs into
+diffusion-decoder/; it asks for decoder files in bfloat16.
 
 Read as well: Qwen2.5-VL-Instruct alone, made ready for the queries; the other backbones (spec part 8), told by their
 keys; EVA-CLIP's file alone, or SigLIP's; the SigLIP2 + Sana autoencoder (spec 7.3); one part that `write` wrote.
@@ -36,19 +39,23 @@ from blip3o_jax.models.unet import UNetConfig
 from blip3o_jax.porting import model_dir, safetensors_io
 from blip3o_jax.porting.rules import blip3o
 from blip3o_jax.porting.safetensors_io import Renamed, Spec, spec
-from blip3o_jax.porting.source import Source
+from blip3o_jax.porting.source import TOKENIZER_FILES, Source
 
 OURS = "blip3o_jax"
 DECODER = "diffusion-decoder"
 PARTS = ("backbone", "queries", "dit", "projection", "clip", "unet", "vae")
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
-_DIFFUSERS = "diffusion_pytorch_model"
+_DIFFUSERS, _INDEX = "diffusion_pytorch_model", "model_index.json"
 QWEN_TOKENS = 151665  # of Qwen2.5-VL's own tokenizer (spec 4.1)
 _PUBLISHED = ("blip3o-8b", "blip3o-4b", "blip3o-qwen3-siglip2", "blip3o-study")
 _SIGLIP = "vision_model.embeddings.patch_embedding.weight"
 _AUTOENCODER = "blip3o-siglip2-sana"  # one size is released, and its config tells none
 _SANA_SAMPLING = {"decoder_steps": 30, "decoder_solver": "dpm++", "decoder_null": "image"}  # spec 7.3
 _SHARD = 5_000_000_000  # bytes, as transformers writes them
+# What `write` leaves beside _CONFIG.
+_OWN = (_PREPROCESSOR, *TOKENIZER_FILES, "*.safetensors", "*.safetensors.index.json") + tuple(
+  f"{DECODER}/{file}" for file in (_INDEX, "*/*.safetensors", "*/*config.json")
+)
 
 
 # ---- reading ----
@@ -61,6 +68,8 @@ def open_release(path: os.PathLike | str, name: str = "") -> Source:
     UserError: no such model there, or what is wrong with its files: all of it in one message.
   """
   path, name = epath.Path(path), name or os.fspath(path)
+  if (path / model_dir.INCOMPLETE).exists():
+    raise UserError(f"{name}: was not written to its end; write it again")
   home = path.parent if path.is_file() else path
   config, weights, problems = _json(home / _CONFIG), {}, []
 
@@ -292,7 +301,7 @@ def write(
     raise UserError(f"{source.name}: the layout of the release has no place for {part or 'any of its parts'}")
   left = [] if part else [name for name in source.components if name not in names]
   source.check(names)
-  with model_dir.replacing(directory, _CONFIG) as out:
+  with model_dir.replacing(directory, _CONFIG, *_OWN) as out:
     top = [name for name in names if name not in ("unet", "vae")]
     if top:
       keyed = {name: (lambda key, name=name: blip3o.full_key(name, key)) for name in top}
@@ -308,15 +317,16 @@ def write(
       if name in names:
         folder = decoder if part else decoder / name
         folder.mkdir(parents=True, exist_ok=True)
-        _write_files(folder, _DIFFUSERS, [(lambda key: key, *source.reference(name, dtype))])
+        specs, arrays = source.reference(name, dtype)
+        # The release asks for this variant of the whole; a part alone is asked for by no name.
+        half = not part and _floats(specs) == {"bfloat16"}
+        _write_files(folder, f"{_DIFFUSERS}.bf16" if half else _DIFFUSERS, [(lambda key: key, specs, arrays)])
         _write_json(folder / _CONFIG, {"_class_name": class_name} | content)
     if "unet" in names and not part:
-      (decoder / "scheduler").mkdir()
-      process = {"_class_name": "EulerDiscreteScheduler"} | config.decoder_process.to_reference()
-      _write_json(decoder / "scheduler" / "scheduler_config.json", process)
+      _write_pipeline(decoder, config)
     if "backbone" in names:
       if source.tokenizer:
-        model_dir.take_tokenizer(source.tokenizer_dir(), out)
+        _write_tokenizer(source.tokenizer_dir(), out)
       if preprocessor := source.image_preprocessor():
         _write_json(out / _PREPROCESSOR, {"image_processor_type": "Qwen2VLImageProcessor"} | preprocessor)
   return epath.Path(directory), left
@@ -328,11 +338,64 @@ def _top_config(source: Source, config: Blip3oConfig, names: list[str], dtypes: 
     content |= config.backbone.to_reference()
   if "queries" in names:
     content |= {"n_query": config.queries, "n_und_query": 0, "latent_embedding_size": config.backbone.dim}
+  if {"queries", "dit"} <= set(names):  # where no tower is named, the release builds neither and drops their weights
+    content |= {"gen_vision_tower": "eva-clip-E-14-plus", "vision_tower_pretrained": ""}
+    content |= {"gen_pooling": f"early_pool2d_{config.clip.pool_stride}"}
+    content |= {"mm_use_im_start_end": False, "mm_use_im_patch_token": False}  # true would add tokens to the tokenizer
   if "clip" in names:
     content |= config.clip.to_reference()
   content["torch_dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
   ours = {"preset": source.preset, "overrides": source.overrides, "sampling": source.sampling}
   return content | {OURS: ours | {"provenance": source.provenance}}
+
+
+def _write_pipeline(decoder: epath.Path, config: Blip3oConfig) -> None:
+  """What makes UNet and VAE a pipeline of diffusers; language model and tokenizer are handed to it when it loads."""
+  index = {
+    "_class_name": ["pipeline_llava_gen", "EmuVisualGenerationPipeline"],
+    "_diffusers_version": "0.32.2",  # of the release (spec 2.1)
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+  }
+  process = {"_class_name": "EulerDiscreteScheduler"} | config.decoder_process.to_reference()
+  for file, content in (
+    (_INDEX, index),
+    (f"scheduler/scheduler_{_CONFIG}", process),
+    # Of the safety checker, which is off; the pipeline does not load without.
+    (f"feature_extractor/{_PREPROCESSOR}", {"image_processor_type": "CLIPImageProcessor"}),
+  ):
+    (decoder / file).parent.mkdir(exist_ok=True)
+    _write_json(decoder / file, content)
+
+
+def _write_tokenizer(folder: os.PathLike | str, out: epath.Path) -> None:
+  """Copy a tokenizer, with IMAGE_TOKENS where it lacks them, as Qwen's own does: the release cuts the tables of the
+  backbone to what its tokenizer holds."""
+  model_dir.take_tokenizer(folder, out)
+  fast, config, slow = (_json(out / f"{file}.json") for file in ("tokenizer", "tokenizer_config", "added_tokens"))
+  listed, named = fast.get("added_tokens", []), config.get("added_tokens_decoder", {})
+  # Which of the files a reader goes by depends on its version and on use_fast.
+  lacks = lambda held: [name for name in IMAGE_TOKENS if name not in held]
+  to_listed = lacks([token["content"] for token in listed]) if fast else []
+  to_named = lacks([token["content"] for token in named.values()]) if named else []
+  to_slow = lacks(slow) if slow or not (fast or named) else []
+  if not (to_listed or to_named or to_slow):
+    return
+  ids = load_tokenizer(folder).backend.token_to_id
+  kind = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+  if fast:
+    fast["added_tokens"] = listed + [{"id": ids(name), "content": name} | kind for name in to_listed]
+    _write_json(out / "tokenizer.json", fast)
+  if named:
+    config["added_tokens_decoder"] = named | {str(ids(name)): {"content": name} | kind for name in to_named}
+  if special := config.get("additional_special_tokens"):
+    config["additional_special_tokens"] = special + lacks(special)
+  if config:
+    _write_json(out / "tokenizer_config.json", config)
+  if to_slow:
+    _write_json(out / "added_tokens.json", slow | {name: ids(name) for name in to_slow})
 
 
 def _write_files(folder: epath.Path, stem: str, parts: list, limit: int | None = None) -> set[str]:
@@ -366,6 +429,11 @@ def _write_files(folder: epath.Path, stem: str, parts: list, limit: int | None =
     _write_json(
       folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
     )
+  return _floats(specs)
+
+
+def _floats(specs: Mapping[str, Spec]) -> set[str]:
+  """The names of the floating-point dtypes among `specs`."""
   return {spec.dtype.name for spec in specs.values() if jnp.issubdtype(spec.dtype, jnp.floating)}
 
 

@@ -1,6 +1,7 @@
 """The engine of the weight tables, on a small table with every kind of rule."""
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -141,6 +142,18 @@ def test_leaf_by_leaf():
 
   placed = convert.to_ours(RULES, weights(), ABSTRACT, place=place)
   assert sorted(seen) == sorted(convert.flatten(ABSTRACT)) and convert.flatten(placed) == LEAVES
+
+
+def test_what_float16_cannot_hold_is_told():
+  params = convert.to_ours(RULES, weights(), ABSTRACT)
+  params["cls"] = np.full(7, 65504, np.float32)
+  assert dict(convert.to_reference(RULES, params, np.float16))["cls"].max() == 65504
+  for dtype in (np.float32, ml_dtypes.bfloat16):
+    params["cls"] = np.full(7, 1e5, dtype)
+    with pytest.raises(UserError, match="cls: has numbers too large for float16; take bfloat16"):
+      dict(convert.to_reference(RULES, params, np.float16))
+  params["cls"] = np.full(7, np.inf, np.float32)  # was so before
+  assert np.isinf(dict(convert.to_reference(RULES, params, np.float16))["cls"]).all()
 
 
 def test_content_hash_sees_values_names_and_dtype_but_not_layout():

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import http.server
+import importlib.util
 import json
 import os
 import subprocess
@@ -133,3 +134,12 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
 def test_what_was_left_out_is_told(here, tmp_path):
   lines = convert_model(here / "here", tmp_path / "out", format="safetensors")
   assert lines == ["left out, the release has no such part: text_tower", str(tmp_path / "out")]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="would ask the network")
+def test_a_bucket_without_its_package_is_told(here, tmp_path):
+  with pytest.raises(UserError, match="gs://b/m.*needs gcsfs; pip install it"):
+    convert_model("gs://b/m", tmp_path / "out")
+  for format in (None, "safetensors"):
+    with pytest.raises(UserError, match="gs://b/m.*needs gcsfs; pip install it"):
+      convert_model(here / "here", "gs://b/m", format=format)

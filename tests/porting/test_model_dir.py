@@ -1,5 +1,6 @@
 """Model directories: written whole, read back exactly, carried from stage to stage."""
 
+import contextlib
 import json
 import os
 
@@ -7,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from buckets import Bucket, bucket
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
-from blip3o_jax.porting import convert, locate, model_dir, rules, source
+from blip3o_jax.porting import convert, locate, model_dir, release, rules, source
 from blip3o_jax.porting.locate import open_model
 
 OVERRIDES = {"vae": {"block_out_channels": (8,)}, "queries": 4}
@@ -123,6 +125,83 @@ def test_nothing_else_is_overwritten(tmp_path, params):
   with pytest.raises(UserError, match="not empty and not a model directory"):
     write(tmp_path, params)
   assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_model_with_something_added_is_left_alone(tmp_path, params):
+  path = write(tmp_path / "m", params)
+  (path / "scores.txt").write_text("0.84")
+  with pytest.raises(UserError, match=r"m: holds scores.txt, which is no part of a model and would be lost"):
+    write(path, params)
+  same(open_model(path).read(NAMES), params)
+
+
+def test_what_a_link_points_at_is_replaced(tmp_path, params):
+  write(tmp_path / "disk" / "m", params)
+  (tmp_path / "m").symlink_to(tmp_path / "disk" / "m")
+  write(tmp_path / "m", {"queries": params["queries"]})
+  assert (tmp_path / "m").is_symlink() and open_model(tmp_path / "disk" / "m").components == ("queries",)
+  assert [path.name for path in (tmp_path / "disk").iterdir()] == ["m"]
+
+
+class Killed(BaseException):
+  pass
+
+
+@contextlib.contextmanager
+def killed_at(count, monkeypatch):
+  """The program dies where it would move or remove its `count`-th file of gs://b/run/model."""
+  left = iter(range(count))
+
+  def dying(act):
+    def touch(bucket, path, *args, **kwargs):
+      if "/model" in str(path) and next(left, None) is None:
+        raise Killed
+      return act(bucket, path, *args, **kwargs)
+
+    return touch
+
+  with monkeypatch.context() as patch:
+    for name in ("cp_file", "rm"):
+      patch.setattr(Bucket, name, dying(getattr(Bucket, name)))
+    yield
+
+
+@pytest.mark.parametrize("format", ["model", "release"])
+def test_killed_at_any_moment_in_a_bucket(params, monkeypatch, format):
+  """A bucket has no rename. What marks a model as complete is never there without all the rest."""
+  new, target = jax.tree.map(lambda x: x + 1, params), "gs://b/run/model"
+
+  def put(name):
+    if format == "release":
+      release.write(open_model(f"gs://b/{name}"), target)
+    else:
+      write(target, {"old": params, "new": new}[name])
+
+  with bucket() as files:
+    write("gs://b/old", params)
+    write("gs://b/new", new)
+    put("old")
+    before = dict(files.store)
+    for count in range(100):
+      files.store.clear()
+      files.store.update(before)
+      try:
+        with killed_at(count, monkeypatch):
+          put("new")
+        break
+      except Killed:
+        if format == "release":
+          with pytest.raises(UserError, match="was not written to its end; write it again"):
+            open_model(target)
+        elif files.exists(f"{target}/model.json"):
+          found = open_model(target).read(NAMES)
+          first = lambda tree: tree["queries"]["latent_queries"][0, 0]
+          same(found, new if first(found) == first(new) else params)
+      put("new")  # what lies there is not in the way
+      same(open_model(target).read(NAMES), new)
+    assert count > 4
+    same(open_model(target).read(NAMES), new)
+    assert not [name for name in files.find("gs://b/run") if "/." in name]
 
 
 def test_bad_directories(tmp_path, params):

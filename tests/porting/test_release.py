@@ -9,6 +9,7 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from helpers import GOLDEN, load_golden
 from safetensors.numpy import load_file, save_file
 
@@ -160,7 +161,8 @@ def read_back(path):
   files = {"model": load_file(path / "model.safetensors")}
   for part in ("unet", "vae"):
     name = f"diffusion-decoder/{part}"
-    files[name] = load_file(path / name / "diffusion_pytorch_model.safetensors")
+    (file,) = (path / name).glob("*.safetensors")
+    files[name] = load_file(file)
   return files
 
 
@@ -186,6 +188,28 @@ def test_in_and_out_again_to_the_bit(tmp_path, dtype, format):
     name: [open_model(tmp_path / d).content_hash(name) for d in ("in", "here", "out")] for name in ("dit", "vae")
   }
   assert all(len(set(found)) == 1 for found in hashes.values())
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_what_the_releases_own_code_reads_is_there(tmp_path, dtype):
+  """Its builder.py, blip3o_arch.py and inference.py; without these it drops the weights of the DiT, or stops."""
+  convert_model(make_release(tmp_path / "in"), tmp_path / "out", format="safetensors", dtype=dtype)
+  config = json.loads((tmp_path / "out" / "config.json").read_text())
+  recorded = load_golden("blip3o_train_step").config
+  assert "eva" in config["gen_vision_tower"] and config["vision_tower_pretrained"] == ""
+  assert (config["n_query"], config["gen_pooling"]) == (recorded["n_query"], recorded["gen_pooling"])
+  assert config["mm_use_im_patch_token"] is config["mm_use_im_start_end"] is False
+  for file in ("tokenizer.json", "tokenizer_config.json"):  # has the three tokens: to the bit
+    assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "in" / file).read_bytes()
+
+  decoder = tmp_path / "out" / "diffusion-decoder"
+  index = json.loads((decoder / "model_index.json").read_text())
+  assert index["_class_name"][0] == "pipeline_llava_gen"
+  assert {path.name for path in decoder.iterdir() if path.is_dir()} == {name for name in index if name[0] != "_"}
+  variant = ".bf16" if dtype else ""
+  for part in ("unet", "vae"):
+    files = {path.name for path in (decoder / part).iterdir()}
+    assert files == {"config.json", f"diffusion_pytorch_model{variant}.safetensors"}
 
 
 def test_a_release_is_loaded_as_it_lies(tmp_path):
@@ -268,6 +292,51 @@ def test_qwen_alone_is_made_ready_for_the_queries(tmp_path):
   np.testing.assert_allclose(text["embedding"][base:], np.tile(table[:base].mean(0), (3, 1)), rtol=1e-5, atol=1e-7)
   np.testing.assert_array_equal(text["head"], head[: base + 3].T)
   assert source.config().dit.condition_dim == source.config().backbone.text.dim
+
+
+@pytest.mark.parametrize("layout", ["fast", "as Qwen ships it", "slow"])
+def test_a_tokenizer_without_the_releases_tokens_gets_them(tmp_path, layout):
+  """Its loader cuts the tables to the tokenizer's length, so ids in memory alone are out of range."""
+  transformers = pytest.importorskip("transformers")
+  make_release(tmp_path / "in")
+  fast = json.loads((tmp_path / "in" / "tokenizer.json").read_text())
+  settings = json.loads((tmp_path / "in" / "tokenizer_config.json").read_text())
+  of_the_release = ("[IMG]", "[/IMG]", "<image>")
+  ids = {token["content"]: token["id"] for token in fast["added_tokens"]}
+  expected = [ids[name] for name in of_the_release]
+  fast["added_tokens"] = [token for token in fast["added_tokens"] if token["content"] not in of_the_release]
+  settings["additional_special_tokens"] = [
+    name for name in settings["additional_special_tokens"] if name not in of_the_release
+  ]
+  del settings["added_tokens_decoder"]
+  if layout != "fast":
+    settings["tokenizer_class"] = "Qwen2Tokenizer"
+    write_json(tmp_path / "in" / "vocab.json", fast["model"]["vocab"])
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in fast["model"]["merges"]]
+    (tmp_path / "in" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    settings["added_tokens_decoder"] = {
+      str(token["id"]): {key: x for key, x in token.items() if key != "id"} for token in fast["added_tokens"]
+    }
+  write_json(tmp_path / "in" / "tokenizer_config.json", settings)
+  if layout == "slow":
+    (tmp_path / "in" / "tokenizer.json").unlink()
+  else:
+    write_json(tmp_path / "in" / "tokenizer.json", fast)
+
+  convert_model(tmp_path / "in", tmp_path / "out", format="safetensors")
+  read = transformers.AutoTokenizer.from_pretrained(open_model(tmp_path / "out").tokenizer_dir())
+  assert read.convert_tokens_to_ids(list(of_the_release)) == expected
+  assert len(read) == max(expected) + 1 == len(ids) + len(fast["model"]["vocab"])
+  assert read("a [IMG]<image>").input_ids[-2:] == [expected[0], expected[2]]
+  assert "<image>" not in read.decode(expected, skip_special_tokens=True)
+  if layout != "slow":  # what the tokenizers library alone goes by
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert [backend.token_to_id(name) for name in of_the_release] == expected
+  if layout != "fast":  # what the slow class of transformers 4 goes by
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    named = {int(i): token["content"] for i, token in written["added_tokens_decoder"].items()}
+    assert [named[i] for i in expected] == list(of_the_release)
+    assert set(of_the_release) <= set(written["additional_special_tokens"])
 
 
 @pytest.mark.parametrize("text", ["qwen3", "llama_rope_scaled"])
@@ -448,15 +517,49 @@ def test_what_is_no_model(tmp_path):
 
 def test_nothing_else_is_overwritten(tmp_path):
   folder = make_release(tmp_path / "in")
-  (tmp_path / "thesis.txt").write_text("years of work")
+  write_json(tmp_path / "mine" / "thesis.txt", "years of work")
   for format in (None, "orbax", "safetensors"):
     with pytest.raises(UserError, match="not empty and not a model"):
-      convert_model(folder, tmp_path, format=format)
+      convert_model(folder, tmp_path / "mine", format=format)
   with pytest.raises(UserError, match="no part 'heart' to write; choose one of backbone"):
     convert_model(folder, tmp_path / "out", format="safetensors", part="heart")
   with pytest.raises(UserError, match="--part goes with"):
     convert_model(folder, tmp_path / "out", part="dit")
-  assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "thesis.txt"]
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "mine"]
+  assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def everything(folder):
+  return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_is_not_taken_for_a_model(tmp_path):
+  """It has a config.json too."""
+  source, run = make_release(tmp_path / "in"), tmp_path / "run"
+  for file in ("config.json", "metrics.jsonl", "checkpoints/3/state", "model/model.json"):
+    write_json(run / file, {})
+  before = everything(run)
+  with pytest.raises(UserError, match="run: holds checkpoints/3/state, which is no part of a model"):
+    convert_model(source, run, format="safetensors")
+  assert everything(run) == before
+
+
+def test_a_release_is_replaced_unless_something_was_added(tmp_path):
+  source, out = make_release(tmp_path / "in"), tmp_path / "out"
+  for format, dtype in (("safetensors", "bfloat16"), ("safetensors", None)):
+    convert_model(source, out, format=format, dtype=dtype)
+  same_bits(read_back(out)["model"], arrays_of_the_release(np.float32)["model"])
+  (out / "diffusion-decoder" / "pipeline_llava_gen.py").write_text("their code")
+  before = everything(out)
+  with pytest.raises(UserError, match="out: holds diffusion-decoder/pipeline_llava_gen.py, which"):
+    convert_model(source, out, format="safetensors")
+  assert everything(out) == before
+  (out / "diffusion-decoder" / "pipeline_llava_gen.py").unlink()
+  for read, part in ((out, "vae"), (out / "diffusion-decoder", None)):
+    with pytest.raises(UserError, match="which is read, lies there; choose another place"):
+      convert_model([source, read], out, format="safetensors", part=part)
+  with pytest.raises(UserError, match="config.json: is a file; choose another place"):
+    convert_model(source, out / "config.json", format="safetensors")
 
 
 # ---- what the other libraries make of it
@@ -502,3 +605,44 @@ def test_diffusers_loads_the_decoder_without_a_warning(tmp_path, caplog):
   scheduler = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path / "out" / "diffusion-decoder" / "scheduler")
   assert scheduler.config.timestep_spacing == "leading" and scheduler.config.steps_offset == 1
   assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
+PIPELINE = """
+from diffusers import AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler, UNet2DConditionModel
+from transformers import CLIPImageProcessor
+
+class EmuVisualGenerationPipeline(DiffusionPipeline):
+  def __init__(self, tokenizer, multimodal_encoder, scheduler: EulerDiscreteScheduler, unet: UNet2DConditionModel,
+               vae: AutoencoderKL, feature_extractor: CLIPImageProcessor, safety_checker):
+    super().__init__()
+    self.register_modules(
+      tokenizer=tokenizer, multimodal_encoder=multimodal_encoder, scheduler=scheduler, unet=unet, vae=vae,
+      feature_extractor=feature_extractor, safety_checker=safety_checker,
+    )
+"""
+
+
+def test_diffusers_loads_the_decoder_as_the_release_does(tmp_path):
+  """With a pipeline that takes what the release's takes; that file is not ours to write."""
+  torch = pytest.importorskip("torch")
+  diffusers = pytest.importorskip("diffusers")
+  make_release(tmp_path / "in", ml_dtypes.bfloat16)
+  convert_model(tmp_path / "in", tmp_path / "out", format="safetensors")
+  decoder = tmp_path / "out" / "diffusion-decoder"
+  (decoder / "pipeline_llava_gen.py").write_text(PIPELINE)
+  pipe = diffusers.DiffusionPipeline.from_pretrained(
+    str(decoder),
+    custom_pipeline="pipeline_llava_gen",
+    torch_dtype=torch.bfloat16,
+    use_safetensors=True,
+    variant="bf16",
+    multimodal_encoder=torch.nn.Linear(1, 1),
+    tokenizer=None,
+    safety_checker=None,
+    trust_remote_code=True,
+    low_cpu_mem_usage=False,
+  )
+  expected = arrays_of_the_release(ml_dtypes.bfloat16)
+  for part, model in (("unet", pipe.unet), ("vae", pipe.vae)):
+    found = {key: tensor.view(torch.int16).numpy() for key, tensor in model.state_dict().items()}
+    same_bits(found, {key: array.view(np.int16) for key, array in expected[f"diffusion-decoder/{part}"].items()})
