@@ -29,12 +29,12 @@ OVERRIDES = {
 }
 
 
-def batches(config, architecture, start_step):
+def batches(config, architecture, part, start_step):
   """Row i of the stream is a function of i alone."""
-  rows = config.batch_size // jax.process_count()
+  rows = config.batch_size // part[1]
   step = start_step
   while True:
-    index = step * config.batch_size + jax.process_index() * rows + np.arange(rows)
+    index = step * config.batch_size + part[0] * rows + np.arange(rows)
     draws = [np.random.default_rng((7, i)) for i in index]
     lengths = np.asarray([rng.integers(3, LENGTH + 1) for rng in draws])
     mask = np.arange(LENGTH) < lengths[:, None]

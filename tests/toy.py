@@ -78,9 +78,9 @@ def make_loader(data, *, batch_size, seed, start_step, process_index=0, process_
     step += 1
 
 
-def batches(config, architecture, start_step):
-  """From `start_step` on, of this process."""
-  place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+def batches(config, architecture, part, start_step):
+  """From `start_step` on, one part."""
+  place = {"process_index": part[0], "process_count": part[1]}
   return make_loader(
     config.data.to_dict(), batch_size=config.batch_size, seed=config.seed, start_step=start_step, **place
   )
@@ -88,15 +88,15 @@ def batches(config, architecture, start_step):
 
 def opening(batches):
   """In the place of feed.open_loader."""
-  return lambda config, architecture: functools.partial(batches, config, architecture)
+  return lambda *args: functools.partial(batches, *args)
 
 
 def export(config, program, params, directory, facts):
   """Stand-in for a model directory, which needs real components."""
+  flat = {"/".join(k): distributed.whole(v) for k, v in trainer.state.flatten_dict(params).items()}
   if jax.process_index():
     return
   directory.mkdir(parents=True)
-  flat = {"/".join(k): np.asarray(v) for k, v in trainer.state.flatten_dict(params).items()}
   np.savez(directory / "params.npz", **flat)
   (directory / "model.json").write_text(json.dumps(facts))
 

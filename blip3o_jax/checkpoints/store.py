@@ -117,7 +117,7 @@ class Store:
         return []
       self._manager.reload()
       return list(self._manager.all_steps())
-    except OSError:  # the directory is out of reach
+    except Exception:  # the directory is out of reach: disks and buckets fail in more ways than have names
       return []
 
   def _agreed(self, why: str | None) -> str | None:
@@ -135,7 +135,7 @@ class Store:
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(dict(record)))
     try:
       self._manager.save(step, args=items, force=True)
-    except Exception as error:  # disks and buckets fail in more ways than have names
+    except Exception as error:  # as in `_steps`
       self._failure = _words(error)
     # The other processes of a job learn of it when all settle.
     return self._outcome() if self._failure and jax.process_count() == 1 else None
@@ -148,7 +148,7 @@ class Store:
     self._pending = self._failure = None
     try:
       self._manager.wait_until_finished()
-    except Exception as error:  # as in `_start`
+    except Exception as error:  # as in `_steps`
       why = why or _words(error)
     if why is None and step not in self._steps():
       why = "it was not completed"
@@ -185,7 +185,7 @@ class Store:
     handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
     try:
       self._manager, why = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers), None
-    except OSError as error:
+    except Exception as error:  # as in `_steps`
       why = _words(error)
     if why := self._agreed(why):
       self._manager = None
@@ -200,7 +200,7 @@ class Store:
         probe.write_bytes(bytes(4096))
       finally:
         probe.unlink(missing_ok=True)
-    except OSError as error:
+    except Exception as error:  # as in `_steps`
       return _words(error)
     return None
 

@@ -33,7 +33,7 @@ def make_mesh(
     devices: all devices of all processes by default; those of a described topology do as well.
 
   Raises:
-    UserError: the sizes do not fill the devices, or the batch does not divide (naming the nearest that do).
+    UserError: the sizes do not fill the devices, the batch does not divide (naming the nearest that do), or see reader.
   """
   chosen = devices is not None
   devices = list(devices if chosen else jax.devices())
@@ -64,13 +64,31 @@ def make_mesh(
       f"batch_size {batch_size} does not divide over {rows()}, slice * data * fsdp of mesh {_words(sizes)}{times}; "
       f"the nearest that do are {_nearest(batch_size, rows())}"
     )
-  if (rows() // parts) % hosts:
-    raise UserError(
-      f"mesh {_words(sizes)}: slice * data * fsdp is {rows() // parts}, which must be a multiple of the {hosts} "
-      "processes, since each reads its own rows of a batch; make tensor smaller"
-    )
   shape = tuple(sizes[axis] for axis in AXES)
-  return Mesh(_arrange(shape, devices[:total], slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  mesh = Mesh(_arrange(shape, devices[:total], slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  reader(mesh, devices[0].process_index)
+  return mesh
+
+
+def reader(mesh: Mesh, process: int) -> tuple[int, int]:
+  """(i, n): `process` reads the i-th of n equal parts of every batch. Processes that hold the same rows, as where
+  `tensor` cuts layers over several hosts, read the same part.
+
+  Raises:
+    UserError: the devices of two processes share some rows and not all.
+  """
+  held: dict[int, set[int]] = {}
+  cells = mesh.devices.reshape(-1, mesh.shape["tensor"])
+  for row, cell in enumerate(cells):
+    for device in cell:
+      held.setdefault(device.process_index, set()).add(row)
+  parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+  if sum(map(len, parts)) != len(cells) or len(set(map(len, parts))) > 1:
+    raise UserError(
+      f"mesh {_words(mesh.shape)}: slice * data * fsdp is {len(cells)}, which the {len(held)} processes cannot share "
+      "out, each with whole rows of a batch for its devices; take another tensor"
+    )
+  return parts.index(tuple(sorted(held[process]))), len(parts)
 
 
 def _arrange(shape: tuple[int, ...], devices: list[jax.Device], slices: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Every field of an experiment and its default: the release's pre-training recipe (spec 11.1)."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -7,6 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from blip3o_jax.data.outputs import differences, write_atomically
+from blip3o_jax.data.pipeline import Reading
 from blip3o_jax.errors import UserError
 
 # Fields whose value is for their readers to check.
@@ -17,6 +19,7 @@ OPEN = ("model", "objective_args", "data", "sampling")
 _FREE = (
   *("log_every", "save_every", "keep", "tensorboard", "sample_every", "sample_prompts", "profile"),
   *("mesh", "remat", "max_bad_steps"),
+  *(f"data.{field.name}" for field in dataclasses.fields(Reading)),
 )
 
 # What may be changed as well, to go on after a loss that did not stay finite; it is told.
@@ -84,6 +87,8 @@ def complete(config: ConfigDict) -> ConfigDict:
       value = ConfigDict({**full[key], **value})
     with full.ignore_type():
       full[key] = value
+  if unknown := sorted(set(full.model) - {"preset", "overrides"}):
+    raise UserError(f"config.model.{unknown[0]} is read by nothing; sizes are set under config.model.overrides")
   for key in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "max_bad_steps"):
     if full[key] < 1:
       raise UserError(f"config.{key} is {full[key]}; it must be at least 1")
@@ -115,7 +120,7 @@ def claim(workdir: epath.Path, config: ConfigDict, *, write: bool) -> str:
   ours, changed = config.to_dict(), {}
   if path.exists():
     differing = differences(_flat(json.loads(path.read_text())), _flat(ours))
-    changed = {key: words for key, words in differing.items() if key.split(".")[0] not in _FREE}
+    changed = {key: words for key, words in differing.items() if not {key, key.split(".")[0]} & set(_FREE)}
     if refused := "; ".join(words for key, words in changed.items() if key not in _MENDED):
       raise UserError(f"{workdir} was made by another config ({refused}); give another --workdir or the old values")
   if write:

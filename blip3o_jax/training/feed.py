@@ -22,13 +22,19 @@ from blip3o_jax.models.blip3o import Blip3oConfig
 from blip3o_jax.porting.locate import open_model
 from blip3o_jax.porting.preprocessor import default_preprocessor, open_pictures
 from blip3o_jax.porting.source import Source
+from blip3o_jax.sharding.mesh import reader
 from blip3o_jax.types import Batch
 
 COUNTED = ("replaced", "cut")  # what the loader says of each row beside what the step takes
 
 
-def open_loader(config: ConfigDict, architecture: Blip3oConfig) -> Callable[[int], Iterator[dict[str, Any]]]:
-  """A function from a step to this process's part of the batches from there on; all that is wrong is found here.
+def open_loader(
+  config: ConfigDict, architecture: Blip3oConfig, part: tuple[int, int] = (0, 1)
+) -> Callable[[int], Iterator[dict[str, Any]]]:
+  """A function from a step to one part of the batches from there on; all that is wrong is found here.
+
+  Args:
+    part: (i, n) of sharding.mesh.reader.
 
   Raises:
     UserError: missing data or tokenizer, on any process; another tokenizer than init_from has, or cached features of
@@ -38,11 +44,11 @@ def open_loader(config: ConfigDict, architecture: Blip3oConfig) -> Callable[[int
   groups, error = [], None
   try:
     tools = preparation(config, architecture)
-    groups = pipeline.open_groups(configs, config.batch_size, config.seed, jax.process_count(), **tools)
+    groups = pipeline.open_groups(configs, config.batch_size, config.seed, part[1], **tools)
   except UserError as raised:
     error = raised
   _agree([group.mixture.sizes() for group in groups], error)
-  return lambda start_step: iter(pipeline.read(groups, reading, start_step, jax.process_index()))
+  return lambda start_step: iter(pipeline.read(groups, reading, start_step, part[0]))
 
 
 def _agree(sizes: list[dict[str, int]], error: UserError | None) -> None:
@@ -70,7 +76,7 @@ def preparation(config: ConfigDict, architecture: Blip3oConfig) -> dict[str, Any
   for group in pipeline.parse(config.data.to_dict())[0].values():
     if group.task == "features":
       weights = source.content_hash("clip") if source and "clip" in source.components else None
-      for path in (one["path"] for one in group.sources.values() or [{"path": group.path}]):
+      for path in (path for one in pipeline.sources_of(group).values() for path in one.paths):
         features.check(path, features.identity(weights, architecture.clip, group.resize))
   preprocessor = source.image_preprocessor() if source else default_preprocessor(architecture)
   return {
@@ -101,7 +107,7 @@ def tokenizer_dir(config: ConfigDict, source: Source | None) -> Path | None:
 
 
 class Prefetch:
-  """Iterator of global batches: each process's rows [B / processes, ...] become jax.Arrays [B, ...] in `sharding`.
+  """Iterator of global batches: a process's part of the rows (mesh.reader) becomes jax.Arrays [B, ...] in `sharding`.
 
   A thread reads and copies one batch ahead. Text and other keys that no device can hold are left out, and so are those
   that only count. Groups of keys stay groups. Whatever the loader raises is raised here, in its turn. Use as a context
@@ -113,6 +119,7 @@ class Prefetch:
 
   def __init__(self, loader: Iterator[dict[str, Any]], sharding: NamedSharding):
     self._loader, self._sharding = loader, sharding
+    _, self._parts = reader(sharding.mesh, jax.process_index())
     self.counts = {f"rows_{name}": 0 for name in COUNTED}
     self._queue: queue.Queue = queue.Queue(maxsize=1)
     self._stop = threading.Event()
@@ -152,7 +159,9 @@ class Prefetch:
       if isinstance(rows, dict):
         placed[key] = self._place(rows)
       elif key not in COUNTED and _is_numeric(rows):
-        placed[key] = jax.make_array_from_process_local_data(self._sharding, np.asarray(rows))
+        rows = np.asarray(rows)
+        shape = len(rows) * self._parts, *rows.shape[1:]
+        placed[key] = jax.make_array_from_process_local_data(self._sharding, rows, shape)
     return placed
 
   def _put(self, item) -> bool:

@@ -71,7 +71,10 @@ class MetricLog:
     self.flush()
     if self._writes and is_remote(self.path):
       self._file.seek(0)
-      write_atomically(self.path, self._file.read())
+      try:
+        write_atomically(self.path, self._file.read())
+      except Exception as error:  # buckets fail in more ways than have names; the lines are kept here
+        print(f"WARNING: {self.path} cannot be written ({error}); the next save tries again", flush=True)
 
   def add(
     self,

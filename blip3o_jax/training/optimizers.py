@@ -66,6 +66,7 @@ def make_optimizer(cfg: Mapping[str, Any]) -> optax.GradientTransformation:
       weight_decay_mask=decay_mask,
       adam_b1=float(cfg["b1"]),
       adam_b2=float(cfg["b2"]),
+      eps=float(cfg["eps"]),
       muon_weight_dimension_numbers=matrix_axes,
     )
   adam = optax.scale_by_adam(b1=float(cfg["b1"]), b2=float(cfg["b2"]), eps=float(cfg["eps"]))

@@ -11,21 +11,24 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu import parameter_overview
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from blip3o_jax import objectives
 from blip3o_jax.checkpoints.store import Store
+from blip3o_jax.data import files
 from blip3o_jax.errors import Preempted, UserError
 from blip3o_jax.inference.image import Sampling
 from blip3o_jax.models import presets
 from blip3o_jax.models.blip3o import Blip3o
 from blip3o_jax.porting import model_dir
 from blip3o_jax.porting.locate import open_model
-from blip3o_jax.sharding import rules
-from blip3o_jax.sharding.mesh import make_mesh
+from blip3o_jax.sharding import distributed, rules
+from blip3o_jax.sharding.mesh import make_mesh, reader
 from blip3o_jax.training import metrics, optimizers, state
 from blip3o_jax.training.defaults import claim, complete
 from blip3o_jax.training.feed import Buckets, Prefetch, cached, open_loader, tokenizer_dir
@@ -83,12 +86,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") 
   Raises:
     UserError: bad config, missing input, a loss that stays non-finite, or the last save failed (one before that is told
       and tried again at the next).
-    Preempted: SIGTERM or SIGINT came; the finished steps are saved.
+    Preempted: SIGTERM came, or in a job of one process SIGINT; the finished steps are saved.
   """
   # 1. The run: is it new, half done, or done?
   config, workdir = complete(config), epath.Path(workdir)
   exported = workdir / "model"
-  changed = claim(workdir, config, write=False)
+  with files.reading(os.fspath(workdir)):  # a bucket may be out of reach, or want a package that is not here
+    changed = claim(workdir, config, write=False)
   if (exported / "model.json").exists():
     print(f"{workdir} is finished; the model is at {exported}", flush=True)
     lines = metrics.read(workdir / "metrics.jsonl")
@@ -99,7 +103,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") 
   program = build(config, mesh)
   sampler = Sampler(config, program.model, mesh, _tokenizer(config), workdir) if config.sample_every else None
   Sampling().changed(**config.sampling.to_dict())  # the finished model's own, which would be refused where it draws
-  loader_from = open_loader(config, program.model.cfg)
+  loader_from = open_loader(config, program.model.cfg, reader(mesh, jax.process_index()))
   main_process = jax.process_index() == 0
   say = functools.partial(print, flush=True) if main_process else lambda *_: None
   say(f"devices: {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}")
@@ -107,6 +111,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") 
   if changed:
     say(f"WARNING: from here on with another config: {changed}")
   claim(workdir, config, write=main_process)
+  _require_shared(workdir)
   if main_process:  # every single one, for who wants to look
     table = parameter_overview.get_parameter_overview(program.params, include_stats=False, max_lines=None)
     (workdir / "parameters.txt").write_text(table + "\n")
@@ -169,7 +174,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") 
     ):
       batches, step = prefetch, program.step
       if buckets := tuple(config.data.get("buckets", ())):
-        batches = Buckets(batches, buckets, rules.batch_sharding(mesh))
+        with timing.lost("data"):
+          batches = Buckets(batches, buckets, rules.batch_sharding(mesh))
         with timing.lost("compile"):
           step = batches.compile(program, say)
       for done in range(start + 1, config.steps + 1):
@@ -208,6 +214,17 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") 
     export(config, program, state.merge(trained, frozen), exported, facts)
   say(f"finished: {exported}")
   return TrainResult(workdir, exported, config.steps, log.last)
+
+
+def _require_shared(workdir: epath.Path) -> None:
+  """Raise on every process if one does not see what the first has written: a disk of its own, whose checkpoints would
+  be parts that never come together."""
+  if jax.process_count() == 1:
+    return
+  distributed.barrier("the working directory")
+  seen = multihost_utils.process_allgather(np.asarray((workdir / "config.json").exists())).reshape(-1)
+  if lacking := np.flatnonzero(~seen).tolist():
+    raise UserError(f"processes {lacking} do not see {workdir} of process 0; give a disk that all share, or gs://...")
 
 
 def build(config: ConfigDict, mesh: Mesh, kind: type[Blip3o] | None = None) -> Program:

@@ -8,12 +8,13 @@ import types
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.sharding import rules
-from blip3o_jax.sharding.mesh import make_mesh
+from blip3o_jax.sharding.mesh import AXES, make_mesh, reader
 
 MESH = AbstractMesh((3, 2, 4, 2), ("slice", "data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 4)
 
@@ -80,9 +81,20 @@ def test_slices():
   assert {d.id for d in mesh.devices.flat} == set(range(16))
   with pytest.raises(UserError, match="mesh.slice is 1 for devices of 2 slices"):
     make_mesh({"slice": 1}, devices=chips)
-  with pytest.raises(UserError, match="multiple of the 4 processes"):
-    make_mesh({"data": 1, "tensor": -1}, devices=chips)
   assert dict(make_mesh({"slice": 2, "data": 4}, devices=chips[:8]).shape)["slice"] == 2  # one slice, cut by hand
+
+
+def test_who_reads_which_rows():
+  """Hosts that hold the same rows, because `tensor` is wider than a host, read the same part of a batch."""
+  chips = [Chip(i) for i in range(16)]
+  parts = lambda **sizes: [reader(make_mesh(sizes, devices=chips), p) for p in range(4)]
+  assert parts(data=8) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+  assert parts(data=1, tensor=8) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+  assert parts(data=4, tensor=2) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+  assert parts(data=2, tensor=4) == [(0, 2), (0, 2), (1, 2), (1, 2)]  # not the 2 x 2 of a host, but a line of chips
+  uneven = np.asarray([[chips[0], chips[1]], [chips[4], chips[2]], [chips[5], chips[6]], [chips[3], chips[7]]])
+  with pytest.raises(UserError, match="the 2 processes cannot share"):
+    reader(jax.sharding.Mesh(uneven.reshape(1, 4, 1, 2), AXES), 0)
 
 
 def test_a_batch_that_does_not_divide_is_told_the_nearest():

@@ -17,6 +17,10 @@ def test_unknown_fields_are_refused():
   config.schedule.warm_up = 3
   with pytest.raises(UserError, match="schedule.warm_up"):
     complete(config)
+  config = default_config()
+  config.model.dit = {"layers": 2}  # meant for model.overrides
+  with pytest.raises(UserError, match="config.model.dit is read by nothing"):
+    complete(config)
 
 
 def test_missing_fields_get_defaults_and_ranges_hold():
@@ -38,7 +42,7 @@ def test_claim(tmp_path):
   claim(tmp_path / "new", config, write=True)
   assert json.loads((tmp_path / "new/config.json").read_text())["trainable"] == ["dit/", "queries/"]
   config.log_every, config.save_every, config.keep = 7, 8, 9
-  config.mesh.fsdp, config.remat = 4, "dots"
+  config.mesh.fsdp, config.remat, config.data.workers, config.data.threads = 4, "dots", 16, 2
   assert claim(tmp_path / "new", config, write=True) == ""
   config.optimizer.learning_rate = 0.5
   assert claim(tmp_path / "new", config, write=False) == "optimizer.learning_rate was 0.0001, is 0.5"

@@ -16,6 +16,8 @@ from blip3o_jax.data.tokenizer import train_tokenizer
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
 from blip3o_jax.porting.locate import open_model
+from blip3o_jax.sharding import rules
+from blip3o_jax.sharding.mesh import make_mesh
 from blip3o_jax.training import feed, trainer
 from blip3o_jax.training.defaults import default_config
 
@@ -67,7 +69,7 @@ def test_groups_stay_groups_and_what_only_counts_is_counted():
     yield {"draw": {"pixels": np.zeros((2, 4), np.uint8)} | flags, "see": {"tokens": np.ones((2, 3), np.int32)} | flags}
     yield {"pixels": np.zeros((2, 4), np.uint8), "replaced": np.array([False, True])}
 
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  sharding = rules.batch_sharding(make_mesh({"data": 1}))
   with feed.Prefetch(batches(), sharding) as prefetch:
     batch = next(prefetch)
     assert jax.tree.map(lambda x: x.shape, batch) == {"draw": {"pixels": (2, 4)}, "see": {"tokens": (2, 3)}}
@@ -89,7 +91,7 @@ for path in sys.argv[3:]:
   config = default_config()
   config.batch_size, config.data = 2, {"task": "images", "path": path}
   try:
-    batch = next(feed.open_loader(config, tiny.config())(0))
+    batch = next(feed.open_loader(config, tiny.config(), (jax.process_index(), 2))(0))
     print("ok", batch["pixels"].shape[0], flush=True)
   except UserError as error:
     print(error, flush=True)

@@ -153,12 +153,13 @@ def _pixels(path):
 
 
 def pod(workdir, args, *, devices=1, count=2):
-  """`count` processes of the toy that are one job, each with `devices` devices."""
+  """`count` processes of the toy that are one job, each with `devices` devices. `workdir` may be a function of i."""
   port = free_port()
   names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+  place = workdir if callable(workdir) else lambda i: workdir
   start = lambda i: toy.run(
-    workdir, args, env=env(JAX_NUM_CPU_DEVICES=str(devices), JAX_PROCESS_ID=str(i), **names), **pipes
+    place(i), args, env=env(JAX_NUM_CPU_DEVICES=str(devices), JAX_PROCESS_ID=str(i), **names), **pipes
   )
   return [start(i) for i in range(count)]
 
@@ -184,6 +185,14 @@ def test_two_processes_stop_together_and_go_on_anywhere(tmp_path):
   two = args(data=2, fsdp=4)
   status, outs = finish(pod(tmp_path / "whole", two, devices=4))
   assert status == [0, 0], outs
+  # Layers cut over both: they read the same rows.
+  status, outs = finish(pod(tmp_path / "layers", args(data=2, tensor=4), devices=4))
+  assert status == [0, 0], outs
+  same(tmp_path / "layers", tmp_path / "whole", rtol=1e-5)
+  status, outs = finish(pod(tmp_path / "over", args(data=1, tensor=2), devices=1))
+  assert status == [0, 0], outs
+  same(tmp_path / "over", tmp_path / "whole", rtol=1e-5)
+
   pods = pod(tmp_path / "cut", two, devices=4)
   toy.wait_for(tmp_path / "cut", 5, pods[0])
   pods[1].send_signal(signal.SIGTERM)
@@ -202,6 +211,12 @@ def test_two_processes_stop_together_and_go_on_anywhere(tmp_path):
   status, outs = finish([alone(tmp_path / "moved", args(data=1), devices=1)])
   assert status == [0], outs
   same(tmp_path / "moved", tmp_path / "whole", rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_not_shared_is_told_before_anything_is_trained(tmp_path):
+  status, outs = finish(pod(lambda i: tmp_path / f"disk{i}", json.dumps({"mesh": {"data": 2}})))
+  assert status == [2, 2] and all("processes [1] do not see" in out for out in outs), outs
 
 
 @pytest.mark.slow

@@ -41,8 +41,8 @@ def whole(tmp_path_factory):
 def stop_at(monkeypatch, step):
   """A real SIGTERM to this very process when the loader has been asked for batch `step`."""
 
-  def loader(config, architecture, start_step):
-    for index, batch in enumerate(toy.batches(config, architecture, start_step)):
+  def loader(config, architecture, part, start_step):
+    for index, batch in enumerate(toy.batches(config, architecture, part, start_step)):
       if start_step + index == step:
         os.kill(os.getpid(), signal.SIGTERM)
       yield batch
@@ -82,8 +82,8 @@ def test_a_loader_that_dies_of_the_same_signal_loses_nothing(whole, tmp_path, mo
     if step == 13:
       taken.set()
 
-  def loader(config, architecture, start_step):
-    for index, batch in enumerate(toy.batches(config, architecture, start_step)):
+  def loader(config, architecture, part, start_step):
+    for index, batch in enumerate(toy.batches(config, architecture, part, start_step)):
       if start_step + index == 13:
         assert taken.wait(60)  # the loader runs ahead of the steps
         os.kill(os.getpid(), signal.SIGINT)
@@ -311,8 +311,8 @@ def test_profile(tmp_path):
 def test_a_save_that_fails_is_told_and_tried_again(whole, tmp_path, monkeypatch, capsys):
   """The directory of the checkpoints is gone while steps 10 to 19 run."""
 
-  def loader(config, architecture, start_step):
-    for index, batch in enumerate(toy.batches(config, architecture, start_step)):
+  def loader(config, architecture, part, start_step):
+    for index, batch in enumerate(toy.batches(config, architecture, part, start_step)):
       if index == 5:
         (tmp_path / "checkpoints").rename(tmp_path / "away")
         (tmp_path / "checkpoints").write_text("")
@@ -336,8 +336,8 @@ def test_a_save_that_fails_is_told_and_tried_again(whole, tmp_path, monkeypatch,
 def test_a_last_save_that_fails_is_no_success(tmp_path, monkeypatch):
   """Neither at the end nor when pre-empted: what is not on disk is not reported as if it were."""
 
-  def loader(config, architecture, start_step):
-    for index, batch in enumerate(toy.batches(config, architecture, start_step)):
+  def loader(config, architecture, part, start_step):
+    for index, batch in enumerate(toy.batches(config, architecture, part, start_step)):
       if index == 5:
         (tmp_path / "checkpoints").rename(tmp_path / "away")
         (tmp_path / "checkpoints").write_text("")
