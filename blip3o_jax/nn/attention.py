@@ -1,9 +1,9 @@
 """Attention: the one place where the kernel is chosen.
 
-On a TPU long sequences go through Pallas' splash attention, which never writes the [L, S] logits to memory; everywhere
-else, and where a sequence is shorter than a block of the kernel, plain XLA is used. The platform is that of the mesh in
-context (`jax.set_mesh`), so that a program compiled ahead of time for a TPU on another machine is the one that runs
-there.
+Kernels never write the [L, S] logits to memory: Pallas' splash attention on a TPU, cuDNN's on a GPU in 16 bits. They
+are for sequences no shorter than a block of theirs; all else is plain XLA, of very long sequences some rows at a time.
+The platform is that of the mesh in context (`jax.set_mesh`), so that a program compiled ahead of time for a TPU on
+another machine is the one that runs there.
 """
 
 import functools
@@ -12,6 +12,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
@@ -19,6 +20,8 @@ Segments = tuple[jax.Array, jax.Array]  # int [B, L] of the queries and [B, S] o
 
 LANES = 128  # the kernel's unit of length
 _BLOCK = 512  # logits are computed in tiles of at most this many queries by keys
+_LONG = 1 << 24  # queries times keys from which on XLA takes only some rows at a time,
+_LOGITS = 1 << 28  # so many that all examples and heads have no more logits than these: 1 GiB
 
 
 def attention(
@@ -47,8 +50,14 @@ def attention(
     [B, L, H, K] in the dtype of `v`. Logits and softmax are float32.
   """
   scale = q.shape[-1] ** -0.5 if scale is None else scale
-  if mask is None and min(q.shape[1], k.shape[1]) >= LANES and target_platform() == "tpu":
-    return _on_mesh(functools.partial(splash_attention, causal=causal, scale=scale), q, k, v, segments)
+  if mask is None and min(q.shape[1], k.shape[1]) >= LANES:
+    platform, settings = target_platform(), {"causal": causal, "scale": scale}
+    if platform == "tpu":
+      return _on_mesh(functools.partial(splash_attention, **settings), q, k, v, segments)
+    if platform == "gpu" and cudnn_agrees(q.shape[1:], k.shape[1:], str(q.dtype), causal, segments is not None):
+      return _on_mesh(functools.partial(cudnn_attention, **settings), q, k, v, segments)
+  if q.shape[1] * k.shape[1] > _LONG:
+    return _some_rows_at_a_time(q, k, v, mask, causal, segments, scale)
   return plain_attention(q, k, v, dense_mask(q, k, mask, causal, segments), scale=scale)
 
 
@@ -82,18 +91,83 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | 
   return out.transpose(0, 2, 3, 1, 4).reshape(b, length, heads, -1)
 
 
-def dense_mask(q, k, mask, causal: bool, segments: Segments | None) -> jax.Array | None:
-  """The bool mask [B, 1 or H, L, S] that all three ways to give one make together."""
+def _some_rows_at_a_time(q, k, v, mask, causal: bool, segments: Segments | None, scale: float) -> jax.Array:
+  """`plain_attention` of some queries after others, computed again for the gradient, so that the logits of all never
+  exist at once (Rabe and Staats 2021, arXiv 2112.05682)."""
+  b, length, heads, _ = q.shape
+  slots = k.shape[1]
+  blocks = -(-length * b * heads * slots // _LOGITS)
+  rows = -(-length // blocks)
+  pad = lambda x, axis: jnp.pad(x, [(0, blocks * rows - length if i == axis else 0) for i in range(x.ndim)])
+  q = pad(q, 1)
+  mask = pad(mask, 2) if mask is not None and mask.shape[2] > 1 else mask
+  segments = None if segments is None else (pad(segments[0], 1), segments[1])
+
+  @jax.checkpoint
+  def some(first):
+    take = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, first, rows, axis)
+    part = take(q, 1)
+    seen = take(mask, 2) if mask is not None and mask.shape[2] > 1 else mask
+    numbers = None if segments is None else (take(segments[0], 1), segments[1])
+    seen = dense_mask(part, k, seen, causal, numbers, first=slots - length + first)
+    return plain_attention(part, k, v, seen, scale=scale)
+
+  out = jax.lax.map(some, rows * jnp.arange(blocks))
+  return out.swapaxes(0, 1).reshape(b, blocks * rows, heads, -1)[:, :length]
+
+
+def dense_mask(q, k, mask, causal: bool, segments: Segments | None, first: int | jax.Array | None = None):
+  """The bool mask [B, 1 or H, L, S] that all three ways to give one make together, or None. `first`: the place of the
+  first query if they are not the last."""
   length, slots = q.shape[1], k.shape[1]
   both = lambda a, b: b if a is None else a & b
   if causal:
-    mask = both(mask, jnp.arange(slots)[None, None, None] <= jnp.arange(slots - length, slots)[None, None, :, None])
+    places = jnp.arange(length) + (slots - length if first is None else first)
+    mask = both(mask, jnp.arange(slots)[None, None, None] <= places[None, None, :, None])
   if segments is not None:
     mask = both(mask, (segments[0][:, :, None] == segments[1][:, None, :])[:, None])
   return mask
 
 
-# ---- the kernel
+# ---- the kernels
+
+
+def cudnn_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, segments: Segments | None = None, *, causal: bool = False, scale: float
+) -> jax.Array:
+  """`attention` by cuDNN's fused kernels, forward and backward, on the arrays of one GPU: 16 bits, K multiple of 8."""
+  square = q.shape[1] == k.shape[1]
+  mask = dense_mask(q, k, None, causal and not square, segments)
+  settings = {"scale": scale, "is_causal": causal and square, "implementation": "cudnn"}
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, **settings).astype(v.dtype)
+
+
+@functools.cache
+def cudnn_agrees(q_shape, k_shape, dtype: str, causal: bool, segmented: bool) -> bool:
+  """Whether cuDNN takes one example of these shapes [L, H, K] and [S, G, K], with its gradient, and gives what XLA
+  gives. Which versions take what is written nowhere in full, so the first use of each is a trial on the GPU itself."""
+  if dtype not in ("bfloat16", "float16"):
+    return False
+  rng = np.random.default_rng(0)
+  draw = lambda shape: jnp.asarray(rng.standard_normal((1, *shape)), dtype)
+  numbers = lambda n: (jnp.arange(n) >= n // 3).astype(jnp.int32)[None]
+  segments = (numbers(q_shape[0]), numbers(k_shape[0])) if segmented else None
+  scale = q_shape[-1] ** -0.5
+
+  def both(function):
+    value = lambda q, k, v, w: jnp.sum((function(q, k, v) * w).astype(jnp.float32))
+    return jax.jit(jax.value_and_grad(value, (0, 1, 2)))(*inputs)
+
+  try:
+    with jax.ensure_compile_time_eval():
+      inputs = draw(q_shape), draw(k_shape), draw(k_shape), draw(q_shape)
+      ours = both(lambda q, k, v: cudnn_attention(q, k, v, segments, causal=causal, scale=scale))
+      mask = dense_mask(inputs[0], inputs[1], None, causal, segments)
+      theirs = both(lambda q, k, v: plain_attention(q, k, v, mask, scale=scale))
+  except Exception:  # no cuDNN, an older one, or a shape that it has no plan for
+    return False
+  apart = lambda a, b: np.abs(np.float32(a) - np.float32(b)).max() <= 0.05 * np.abs(np.float32(b)).max()
+  return all(map(apart, jax.tree.leaves(ours), jax.tree.leaves(theirs)))
 
 
 def splash_attention(

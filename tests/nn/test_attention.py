@@ -75,6 +75,54 @@ def test_the_kernel_is_for_long_sequences_on_a_tpu(monkeypatch):
   assert used == [128]
 
 
+@pytest.mark.parametrize("given", ["mask", "segments"])
+def test_long_sequences_take_some_rows_at_a_time(monkeypatch, given):
+  """The same numbers and gradients, with a last block that is not full, and never the logits of all rows."""
+  q, k, v = inputs(37, 41, heads=4, groups=2)
+  said = {"causal": True, "segments": segments(37, 41)} if given == "segments" else {"mask": normal(2, 4, 37, 41) > 0}
+  weight = normal(*q.shape, seed=3)
+  run = lambda: jax.jit(jax.value_and_grad(lambda *x: jnp.sum(attention(*x, **said) * weight), (0, 1, 2))).lower(
+    q, k, v
+  )
+  plain = run()
+  monkeypatch.setattr(module, "_LONG", 0)
+  monkeypatch.setattr(module, "_LOGITS", 2 * 4 * 10 * 41)
+  blocked = run()
+  assert ",37,41]" in plain.compile().as_text() and ",37,41]" not in blocked.compile().as_text()
+  for ours, theirs in zip(*(jax.tree.leaves(lowered.compile()(q, k, v)) for lowered in (blocked, plain)), strict=True):
+    assert relative_error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("segmented, kind", [(True, "fmhaScaleBiasSoftmax"), (False, "fmhaSoftmax")])
+def test_cudnn_is_asked_for_what_it_takes(monkeypatch, segmented, kind):
+  """Lowered for CUDA on a machine without. What the kernels give is for the trial on the GPU itself."""
+  fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+  monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+  q, k = (jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16) for heads in (4, 2))
+  numbers = (jax.ShapeDtypeStruct((2, 256), jnp.int32),) * 2 if segmented else None
+  value = lambda q, k, v, n: jnp.sum(module.cudnn_attention(q, k, v, n, causal=True, scale=0.1))
+  text = jax.jit(jax.grad(value, (0, 1, 2))).trace(q, k, k, numbers).lower(lowering_platforms=("cuda",)).as_text()
+  assert f"__cudnn${kind}(" in text and f"__cudnn${kind}Backward(" in text
+
+
+def test_cudnn_is_not_believed_without_a_trial(monkeypatch):
+  """Here it fails, so a GPU program has plain attention; where it succeeds, the kernel."""
+  used = []
+  monkeypatch.setattr(module, "target_platform", lambda: "gpu")
+  monkeypatch.setattr(module, "_on_mesh", lambda kernel, q, *_: used.append(kernel.func) or q)
+  q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs(128, 128))
+  plain = attention(q, k, v)
+  assert used == [] and plain.shape == q.shape
+  monkeypatch.setattr(module, "cudnn_attention", lambda q, k, v, _, **settings: attention(q, k, v, **settings))
+  module.cudnn_agrees.cache_clear()
+  monkeypatch.setattr(module, "target_platform", lambda: "cpu")
+  assert module.cudnn_agrees(q.shape[1:], k.shape[1:], "bfloat16", False, False)
+  monkeypatch.setattr(module, "target_platform", lambda: "gpu")
+  attention(q, k, v)
+  module.cudnn_agrees.cache_clear()
+  assert used == [module.cudnn_attention]
+
+
 def test_the_platform_is_that_of_the_mesh():
   """Not of this machine: a program may be compiled for another."""
   for kind, platform in (("TPU v5 lite", "tpu"), ("NVIDIA H100", "gpu"), ("cpu", "cpu")):
