@@ -19,6 +19,7 @@ from blip3o_jax.inference import text as talking
 from blip3o_jax.inference.model import Model
 from blip3o_jax.models import flops, presets
 from blip3o_jax.models.blip3o import BACKBONES, Blip3o, Blip3oConfig
+from blip3o_jax.nn.stack import differentiated
 from blip3o_jax.porting.locate import open_model
 from blip3o_jax.sharding import rules
 from blip3o_jax.sharding.mesh import make_mesh
@@ -96,7 +97,8 @@ def dit(on: Setup) -> Iterator[Case]:
   )
 
   def loss(params, condition, x, t):
-    return jnp.mean(jnp.square(velocity(params, x, t, condition).astype(jnp.float32)))
+    with differentiated():  # as a training step
+      return jnp.mean(jnp.square(velocity(params, x, t, condition).astype(jnp.float32)))
 
   gradient = jax.value_and_grad(loss, argnums=(0, 1))
   yield compiled(

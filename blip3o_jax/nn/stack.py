@@ -1,11 +1,15 @@
 """Deep stacks of one block: one traced layer, whatever the depth, and rematerialisation by name."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 
 from blip3o_jax.errors import UserError
+from blip3o_jax.nn.attention import target_platform
 
 # What the backward pass finds saved and what it computes again, by name.
 REMAT_POLICIES = {
@@ -13,6 +17,28 @@ REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,  # the inputs of a block, and no more
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the products without batch dimensions as well
 }
+
+_SHALLOW = 16  # layers; deeper stacks take too long to compile one by one
+_differentiated = contextvars.ContextVar("differentiated", default=False)
+
+
+@contextlib.contextmanager
+def differentiated() -> Iterator[None]:
+  """What is traced in this context is for a gradient. On a CPU that is faster where the layers of a stack are written
+  out one after the other, since nothing is copied to and from stacked arrays; `scan_layers` does so for shallow stacks
+  that lie whole on every device. Forward passes gain nothing.
+  """
+  token = _differentiated.set(True)
+  try:
+    yield
+  finally:
+    _differentiated.reset(token)
+
+
+def _written_out(length: int) -> bool:
+  shape = jax.sharding.get_abstract_mesh().shape
+  whole = all(shape.get(axis, 1) == 1 for axis in ("fsdp", "tensor"))
+  return _differentiated.get() and length <= _SHALLOW and whole and target_platform() == "cpu"
 
 
 def rematted(block: type[nn.Module], remat: str) -> type[nn.Module]:
@@ -42,6 +68,7 @@ def scan_layers(block: type[nn.Module], length: int, *, remat: str = "none", in_
     variable_axes={"params": 0, "intermediates": 0},
     split_rngs={"params": True},
     length=length,
+    unroll=length if _written_out(length) else 1,
     in_axes=in_axes,
     out_axes=out_axes,
     metadata_params={nn.PARTITION_NAME: "layers"},
