@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from blip3o_jax import __version__, commands
-from blip3o_jax.errors import CheckFailed, Preempted, Problems, UserError
+from blip3o_jax.errors import CheckFailed, Preempted, Problems, UserError, out_of_memory
 
 EXIT_CHECK_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75  # 75 is EX_TEMPFAIL: run me again
 
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       return _told(f"{where}{error.strerror}", EXIT_USAGE)
     if _NO_SPACE in str(error):  # checkpoint writers wrap the operating system's error in their own
       return _told(f"{_NO_SPACE}; free some and run the same command again", EXIT_USAGE)
+    if words := out_of_memory(error):
+      return _told(words, EXIT_USAGE)
     raise
   finally:
     signal.signal(signal.SIGTERM, before)
@@ -155,7 +157,7 @@ def _drawing(added: argparse.ArgumentParser, seed: int = 0) -> None:
 
 
 def _job(added: argparse.ArgumentParser, num: int) -> None:
-  added.add_argument("--out", required=True, type=Path, metavar="DIR", help="of this job alone")
+  added.add_argument("--out", required=True, type=_local, metavar="DIR", help="of this job alone")
   added.add_argument("--num", type=_positive, default=num, help=f"pictures a prompt (default {num})")
   added.add_argument(
     "--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N", help="pictures at once, in each process"
@@ -167,18 +169,18 @@ def _job(added: argparse.ArgumentParser, num: int) -> None:
 
 def _add_training(under) -> None:
   quickstart = _command(under, "quickstart", commands.quickstart)
-  quickstart.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), metavar="DIR")
+  quickstart.add_argument("--workdir", type=_local, default=Path("runs/quickstart"), metavar="DIR")
   quickstart.add_argument("--from-scratch", action="store_true", help="train every part, not only queries and DiT")
 
   train = _command(under, "train", commands.train)
-  train.add_argument("--config", required=True, type=Path, metavar="FILE", help="an experiment, configs/X.py")
+  train.add_argument("--config", required=True, type=_local, metavar="FILE", help="an experiment, configs/X.py")
   train.add_argument("--workdir", required=True, metavar="DIR", help="of this run alone; may be gs://...")
   train.add_argument("--profile", type=_positive, metavar="STEPS", help="trace that many steps into WORKDIR/profile")
 
   plan = _command(under, "plan", commands.plan)
   what = plan.add_mutually_exclusive_group(required=True)
-  what.add_argument("--config", type=Path, metavar="FILE", help="an experiment, configs/X.py")
-  what.add_argument("--table", type=Path, metavar="DIR", help="the README's table, kept cell by cell in DIR")
+  what.add_argument("--config", type=_local, metavar="FILE", help="an experiment, configs/X.py")
+  what.add_argument("--table", type=_local, metavar="DIR", help="the README's table, kept cell by cell in DIR")
   plan.add_argument("--topology", metavar="NAME", help="GENERATION:SHAPE in chips, e.g. v5e:16x16, v4:4x4x4")
   plan.add_argument("--slices", type=_positive, default=1, metavar="N", help="so many of them (default 1)")
   plan.add_argument("--for", dest="job", default="train", choices=("train", "generate", "cache-features"))
@@ -193,34 +195,37 @@ def _add_talking(under) -> None:
   prompts = generate.add_mutually_exclusive_group(required=True)
   prompts.add_argument("--prompt", nargs="+", metavar="TEXT")
   prompts.add_argument(
-    "--prompts", type=Path, metavar="FILE.jsonl", help='rows of {"prompt": TEXT}, perhaps with "seed" and "image"'
+    "--prompts", type=_local, metavar="FILE.jsonl", help='rows of {"prompt": TEXT}, perhaps with "seed" and "image"'
   )
   _job(generate, 4)
   _drawing(generate)
 
   edit = _command(under, "edit", commands.edit)
   _loaded(edit)
-  edit.add_argument("--image", required=True, nargs="+", type=Path, metavar="FILE")
+  edit.add_argument("--image", required=True, nargs="+", type=_local, metavar="FILE")
   edit.add_argument("--instruction", default="", metavar="TEXT", help="(default: reconstruct, as the release does)")
-  edit.add_argument("--out", required=True, type=Path, metavar="DIR", help="gets NAME-edited.png")
+  edit.add_argument("--out", required=True, type=_local, metavar="DIR", help="gets NAME-edited.png")
   _drawing(edit)
 
   chat = _command(under, "chat", commands.chat)
   _loaded(chat)
-  chat.add_argument("--image", nargs="+", default=[], type=Path, metavar="FILE", help="of the first turn")
+  chat.add_argument("--image", nargs="+", default=[], type=_local, metavar="FILE", help="of the first turn")
   chat.add_argument(
     "--prompt", nargs="+", metavar="TEXT", help="a turn each (default: lines of standard input; /help says more)"
   )
-  chat.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="of the pictures that /draw draws")
-  chat.add_argument("--max-new-tokens", type=_positive, default=argparse.SUPPRESS, metavar="N")
+  chat.add_argument("--out", type=_local, metavar="DIR", help="of the pictures that /draw draws (default: here)")
+  chat.add_argument("--seed", type=int, default=0, help="of answers with a temperature and of pictures (default 0)")
+  chat.add_argument(
+    "--max-new-tokens", type=_positive, default=argparse.SUPPRESS, metavar="N", help="of an answer (default 1024)"
+  )
   chat.add_argument("--temperature", type=float, default=argparse.SUPPRESS, help="(default 0: greedy)")
   chat.add_argument("--top-p", type=float, default=argparse.SUPPRESS)
   chat.add_argument("--top-k", type=_count, default=argparse.SUPPRESS)
 
   reconstruct = _command(under, "reconstruct", commands.reconstruct)
   _loaded(reconstruct)
-  reconstruct.add_argument("--image", required=True, type=Path, metavar="FILE")
-  reconstruct.add_argument("--out", required=True, type=Path, metavar="DIR")
+  reconstruct.add_argument("--image", required=True, type=_local, metavar="FILE")
+  reconstruct.add_argument("--out", required=True, type=_local, metavar="DIR", help="gets NAME-reconstructed.png")
 
   demo = _command(under, "demo", commands.demo)
   _loaded(demo)
@@ -238,7 +243,7 @@ def _add_proof(under) -> None:
     metavar="DIR",
     help="anything that --model takes; of several, each part comes from the first that has it",
   )
-  convert.add_argument("--to", required=True, type=Path, metavar="DIR")
+  convert.add_argument("--to", required=True, metavar="DIR", help="may be gs://...")
   convert.add_argument(
     "--format",
     choices=("orbax", "safetensors"),
@@ -248,27 +253,28 @@ def _add_proof(under) -> None:
   convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as it is)")
 
   verify = _command(under, "verify", commands.verify)
-  verify.add_argument("fixtures", nargs="+", type=Path, metavar="FIXTURE_DIR")
+  verify.add_argument("fixtures", nargs="+", type=_local, metavar="FIXTURE_DIR")
   verify.add_argument("--json", action="store_true", help="print the result as JSON")
 
   doctor = _command(under, "doctor", commands.doctor)
   doctor.add_argument("--model", default="micro", metavar="DIR", help="what trains and draws (default micro)")
-  doctor.add_argument("--out", type=Path, metavar="DIR", help="gets doctor.json and a picture, to share")
-  doctor.add_argument("--recordings", nargs="+", type=Path, metavar="DIR", help="(default: those of a checkout)")
+  doctor.add_argument("--out", type=_local, metavar="DIR", help="gets doctor.json and a picture, to share")
+  doctor.add_argument("--recordings", nargs="+", type=_local, metavar="DIR", help="(default: those of a checkout)")
 
 
 def _add_data(under) -> None:
   shapes = _command(under, "make-shapes", commands.make_shapes)
-  shapes.add_argument("--out", required=True, type=Path, metavar="DIR")
+  shapes.add_argument("--out", required=True, type=_local, metavar="DIR")
   shapes.add_argument("--seed", type=int, default=0)
-  for size in ("contrastive", "pretrain", "instruct", "understanding", "text-only", "held-out", "shard-size"):
+  for size in ("contrastive", "pretrain", "instruct", "understanding", "text-only", "held-out"):
     shapes.add_argument(f"--{size}", type=_count, default=argparse.SUPPRESS, metavar="N")
+  shapes.add_argument("--shard-size", type=_positive, default=argparse.SUPPRESS, metavar="N")
   cache = _command(under, "cache-features", commands.cache_features)
   _model(cache)
   cache.add_argument(
     "--data", required=True, nargs="+", metavar="SHARDS", help="pictures with captions, as for training"
   )
-  cache.add_argument("--out", required=True, type=Path, metavar="DIR", help="what data.path of a config then names")
+  cache.add_argument("--out", required=True, type=_local, metavar="DIR", help="what data.path of a config then names")
   cache.add_argument("--resize", choices=("crop", "squash"), default=argparse.SUPPRESS, help="(default crop)")
   cache.add_argument(
     "--dtype", choices=("bfloat16", "float32"), default=argparse.SUPPRESS, help="computed and stored (default bfloat16)"
@@ -285,15 +291,17 @@ def _add_data(under) -> None:
   inspect = _command(under, "inspect", commands.inspect)
   what = inspect.add_mutually_exclusive_group(required=True)
   what.add_argument("path", nargs="?", metavar="PATH", help="shards or a .jsonl as they are")
-  what.add_argument("--config", type=Path, metavar="FILE", help="an experiment: its samples as training builds them")
+  what.add_argument("--config", type=_local, metavar="FILE", help="an experiment: its samples as training builds them")
   inspect.add_argument("--num", type=_positive, default=argparse.SUPPRESS, help="samples (default 3; of a config 256)")
-  inspect.add_argument("--out", type=Path, default=Path("inspected"), metavar="DIR", help="of a config (default here)")
+  inspect.add_argument(
+    "--out", type=_local, default=Path("inspected"), metavar="DIR", help="of a config (default: here)"
+  )
 
   caption = _command(under, "caption", commands.caption)
   caption.about = "blip3o_jax.jobs.caption"
   _loaded(caption)
   caption.add_argument("--data", required=True, metavar="PATH", help="tar shards of pictures, .jsonl, ..., or a folder")
-  caption.add_argument("--out", required=True, type=Path, metavar="DIR", help="of this job alone")
+  caption.add_argument("--out", required=True, type=_local, metavar="DIR", help="of this job alone")
   caption.add_argument("--style", choices=("long", "short"), default="long")
   caption.add_argument("--prompt", metavar="TEXT", help="ask this (default: what the style asks)")
   caption.add_argument("--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N")
@@ -302,7 +310,7 @@ def _add_data(under) -> None:
 def _add_bench(under) -> None:
   def measure(name, call, help=None):
     added = _command(under, name, call, help)
-    added.add_argument("--out", type=Path, metavar="FILE.json")
+    added.add_argument("--out", type=_local, metavar="FILE.json")
     return added
 
   def sized(added, batch, rounds):
@@ -337,14 +345,14 @@ def _add_bench(under) -> None:
 
 def _add_eval(under) -> None:
   shapes = _command(under, "shapes", commands.eval_shapes)
-  _model(shapes)
-  shapes.add_argument("--out", required=True, type=Path, metavar="DIR")
+  _loaded(shapes)
+  shapes.add_argument("--out", required=True, type=_local, metavar="DIR")
   shapes.add_argument("--split", choices=("heldout", "seen"), default="heldout")
   shapes.add_argument("--num", type=_positive, default=4, help="pictures a prompt (default 4)")
   shapes.add_argument("--seed", type=int, default=0)
   shapes.add_argument("--limit", type=_positive, metavar="N", help="this many prompts only")
   shapes.add_argument(
-    "--questions", type=Path, metavar="DIR", help="understanding/ of a corpus: ask its held-out ones too"
+    "--questions", type=_local, metavar="DIR", help="understanding/ of a corpus: ask its held-out ones too"
   )
   for name, num, takes in (
     ("geneval", 4, "evaluation_metadata.jsonl"),
@@ -355,7 +363,7 @@ def _add_eval(under) -> None:
     added = _command(under, name, commands.eval_folder, f"Draw the folder that the scorer of {name} reads.")
     added.about = f"blip3o_jax.evaluation.{name}"  # its docstring says how to score
     _loaded(added)
-    added.add_argument("--prompts", required=True, type=Path, metavar="PATH", help=f"the benchmark's own: {takes}")
+    added.add_argument("--prompts", required=True, type=_local, metavar="PATH", help=f"the benchmark's own: {takes}")
     _job(added, num)
     _drawing(added, seed=42)
   understanding = _command(under, "understanding", commands.eval_understanding)
@@ -398,6 +406,13 @@ def _whole(low: int, high: float = float("inf")):
 
 
 _count, _positive, _port = _whole(0), _whole(1), _whole(0, 65535)
+
+
+def _local(text: str) -> Path:
+  """A path of this machine. Of `gs://bucket` pathlib would make a folder of its own, `gs:`."""
+  if "://" in text:
+    raise argparse.ArgumentTypeError(f"{text}: this needs a file system; mount the bucket and give the path there")
+  return Path(text)
 
 
 def _setting(text: str) -> tuple[str, object]:

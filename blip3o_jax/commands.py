@@ -5,9 +5,11 @@ Every command imports what it needs when it runs, so that `--help` and a mistype
 """
 
 import argparse
+import dataclasses
 import importlib
 import os
 import shlex
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,7 +64,8 @@ def generate(args: argparse.Namespace) -> None:
     return _draw_all(args, Rows)
   from blip3o_jax.jobs.generate import draw_few
 
-  options = {"num": args.num, "seed": args.seed, "settings": _settings(args), **_loading(args)}
+  options = {"num": args.num, "seed": args.seed, "settings": _settings(args)}
+  options |= _given(args, "batch_size") | _loading(args)
   for path, prompt in draw_few(args.model, args.prompt, args.out, **options):
     print(f"{path}  {prompt}", flush=True)
 
@@ -82,12 +85,16 @@ def eval_understanding(args: argparse.Namespace) -> None:
 
 def edit(args: argparse.Namespace) -> None:
   """Draw pictures anew by an instruction, as far as the model has learned to."""
-  from blip3o_jax.data.outputs import encode_png, write_atomically
+  from blip3o_jax.data.outputs import encode_png, writable_folder, write_atomically
   from blip3o_jax.inference.model import load_here
 
-  edited = load_here(args.model, **_loading(args)).edit(args.image, args.instruction, seed=args.seed, **_settings(args))
-  for image, picture in zip(args.image, edited, strict=True):
-    path = args.out / f"{image.stem}-edited.png"
+  out, stems = writable_folder(args.out), [image.stem for image in args.image]
+  if twice := [stem for stem in stems if stems.count(stem) > 1]:
+    raise UserError(f"two pictures would both become {twice[0]}-edited.png; edit them into different folders")
+  model = load_here(args.model, **_loading(args))
+  settings = dataclasses.asdict(model.sampling_with(**_settings(args)))
+  for stem, picture in zip(stems, model.edit(args.image, args.instruction, seed=args.seed, **settings), strict=True):
+    path = out / f"{stem}-edited.png"
     write_atomically(path, encode_png(picture))
     print(path)
 
@@ -95,18 +102,21 @@ def edit(args: argparse.Namespace) -> None:
 def chat(args: argparse.Namespace) -> None:
   """Talk with a model, about pictures if there are any."""
   from blip3o_jax.apps.chat import chat
+  from blip3o_jax.data.outputs import writable_folder
   from blip3o_jax.inference.model import load_here
 
+  # A talk without a picture may be held where nothing can be written.
+  out = writable_folder(args.out) if args.out else Path()
   settings = _given(args, "max_new_tokens", "temperature", "top_p", "top_k")
-  chat(load_here(args.model, **_loading(args)), args.prompt, args.image, args.out, **settings)
+  chat(load_here(args.model, **_loading(args)), args.prompt, args.image, out, seed=args.seed, **settings)
 
 
 def reconstruct(args: argparse.Namespace) -> None:
   """Draw a picture again from its CLIP features."""
-  from blip3o_jax.data.outputs import encode_png, write_atomically
+  from blip3o_jax.data.outputs import encode_png, writable_folder, write_atomically
   from blip3o_jax.inference.model import load_here
 
-  path = args.out / f"{args.image.stem}.png"
+  path = writable_folder(args.out) / f"{args.image.stem}-reconstructed.png"
   write_atomically(path, encode_png(load_here(args.model, **_loading(args)).reconstruct(args.image)[0]))
   print(path)
 
@@ -137,9 +147,11 @@ def doctor(args: argparse.Namespace) -> None:
   """The first ten minutes on a new slice, GPU or CPU: is all right, how fast is it?"""
   _start_jax()
   from blip3o_jax import verification
+  from blip3o_jax.data.outputs import writable_folder
   from blip3o_jax.planning import doctor
 
-  doctor.run(args.model, args.out, args.recordings or doctor.default_recordings(), verification.replay)
+  out = args.out and writable_folder(args.out)
+  doctor.run(args.model, out, args.recordings or doctor.default_recordings(), verification.replay)
 
 
 def make_shapes(args: argparse.Namespace) -> None:
@@ -152,7 +164,7 @@ def make_shapes(args: argparse.Namespace) -> None:
 
 def cache_features(args: argparse.Namespace) -> None:
   """Compute the CLIP features of pictures once, to train from."""
-  _start_jax()
+  _start_job()
   from blip3o_jax.jobs import cache_features
 
   options = _given(args, "resize", "dtype", "batch_size", "shard_size", "threads")
@@ -161,7 +173,7 @@ def cache_features(args: argparse.Namespace) -> None:
 
 def caption(args: argparse.Namespace) -> None:
   """Caption pictures by the model's own chat, into shards to train from."""
-  _start_jax()
+  _start_job()
   from blip3o_jax.jobs import caption
 
   options = _given(args, "batch_size") | _loading(args)
@@ -195,7 +207,7 @@ def bench_train_step(args: argparse.Namespace) -> None:
   """A training step against that of the release's recipe."""
   from blip3o_jax.benchmarks import train_step
 
-  train_step.run(preset=args.preset, vs=args.vs, out=args.out, **_given(args, "batch_size", "rounds"))
+  train_step.run(preset=args.preset, vs=args.vs, out=_file(args), **_given(args, "batch_size", "rounds"))
 
 
 def bench_parts(args: argparse.Namespace) -> None:
@@ -203,7 +215,8 @@ def bench_parts(args: argparse.Namespace) -> None:
   from blip3o_jax.benchmarks import run
 
   names = list(run.CASES) if args.bench_command == "all" else [args.bench_command]
-  run.run(names, preset=args.preset, vs=getattr(args, "vs", ""), out=args.out, **_given(args, "batch_size", "rounds"))
+  options = _given(args, "vs", "batch_size", "rounds")
+  run.run(names, preset=args.preset, out=_file(args), **options)
 
 
 def bench_curves(args: argparse.Namespace) -> None:
@@ -211,14 +224,14 @@ def bench_curves(args: argparse.Namespace) -> None:
   _start_jax()
   from blip3o_jax.benchmarks import curves
 
-  curves.run(preset=args.preset, out=args.out)
+  curves.run(preset=args.preset, out=_file(args))
 
 
 def bench_data(args: argparse.Namespace) -> None:
   """The data pipeline against a plain loop over the same pictures."""
   from blip3o_jax.benchmarks import data
 
-  for line in data.run(args.out, processes=args.processes):
+  for line in data.run(_file(args), processes=args.processes):
     print(line, flush=True)
 
 
@@ -234,6 +247,7 @@ def eval_shapes(args: argparse.Namespace) -> None:
     seed=args.seed,
     questions_dir=args.questions,
     limit=args.limit,
+    **_loading(args),
   )
   print(f"{'family':<16} {'right':>6} {'control':>8}")
   for family, right in score.families.items():
@@ -263,6 +277,13 @@ def _loading(args: argparse.Namespace) -> dict:
   return _given(args, "fsdp", "compile_cache")
 
 
+def _file(args: argparse.Namespace) -> Path | None:
+  """Where the figures go; that they can is known before anything is measured."""
+  from blip3o_jax.data.outputs import writable_folder
+
+  return args.out and writable_folder(args.out.parent) / args.out.name
+
+
 def _start_jax() -> None:
   """On this machine or on all of a job, before anything touches a device. What is called here leaves that to it."""
   from blip3o_jax.sharding import distributed
@@ -270,8 +291,15 @@ def _start_jax() -> None:
   distributed.start()
 
 
-def _draw_all(args: argparse.Namespace, prompts: Callable) -> None:
+def _start_job() -> None:
+  """The same for what has nothing to save: each of several processes ends at SIGTERM as one alone does. JAX keeps the
+  signal to itself for the trainer, which asks it at every step."""
   _start_jax()
+  signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # ours is still the one that Python knows
+
+
+def _draw_all(args: argparse.Namespace, prompts: Callable) -> None:
+  _start_job()
   from blip3o_jax.jobs import generate
 
   options = _given(args, "batch_size") | _loading(args)

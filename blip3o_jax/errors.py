@@ -30,5 +30,18 @@ class CheckFailed(Exception):
   """A check that was asked for did not hold (`verify` missed a bar): exit status 1."""
 
 
-class Preempted(Exception):
-  """Asked to stop; everything is saved and the same command continues: exit status 75."""
+class Preempted(BaseException):
+  """Asked to stop; everything is saved and the same command continues: exit status 75.
+
+  Raised in a signal handler, anywhere at all: no `except Exception`, which is about something else, may catch it.
+  """
+
+
+def out_of_memory(error: Exception) -> str | None:
+  """What to say of an error of XLA if it is that a device has no memory left, in one line."""
+  if "RESOURCE_EXHAUSTED" not in str(error):
+    return None
+  return (
+    "the device has no memory left: cut the weights over more devices (--fsdp, of a run --config.mesh.fsdp), take "
+    f"fewer at once (--batch-size, --config.batch_size) or smaller pictures ({str(error).splitlines()[0]:.200})"
+  )

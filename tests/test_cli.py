@@ -1,8 +1,10 @@
 """The `blip3o` command: what it passes on, what it prints, and its exit statuses."""
 
+import dataclasses
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import pytest
 
 from blip3o_jax import cli
 from blip3o_jax.errors import CheckFailed, Preempted, Problems, UserError
+from blip3o_jax.inference.image import Sampling
 
 
 def run(*words):
@@ -46,6 +49,7 @@ def replace(monkeypatch):
     (FileNotFoundError(errno.ENOENT, "No such file or directory", "a/b"), 2, "a/b: No such file or directory"),
     (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
     (ValueError("RESOURCE_EXHAUSTED: write: No space left on device [x]"), 2, "No space left on device"),
+    (ValueError("RESOURCE_EXHAUSTED: Out of memory.\nMore"), 2, "no memory left: cut the weights over more devices"),
     (KeyboardInterrupt(), 130, "interrupted"),
   ],
 )
@@ -57,6 +61,18 @@ def test_errors_are_one_line_and_a_status(replace, capsys, error, status, line):
   assert run("verify", "somewhere") == status
   out, err = capsys.readouterr()
   assert out == "" and err.startswith("blip3o: ") and err.count("\n") == 1 and line in err
+
+
+def test_sigterm_is_not_taken_for_what_a_library_raised(replace, capsys):
+  def download(*args, **kwargs):
+    try:
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(10)
+    except Exception as error:
+      raise UserError("the download failed") from error
+
+  replace("blip3o_jax.verification", verify=download)
+  assert run("verify", "somewhere") == 75 and "SIGTERM" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), OSError(errno.EBADF, "Bad file descriptor")])
@@ -86,12 +102,53 @@ def test_a_bug_keeps_its_traceback(replace, error):
     ["demo", "--model", "m", "--share"],
     ["data"],
     ["eval", "shapes", "--model", "m", "--out", "o", "--split", "other"],
+    ["data", "make-shapes", "--out", "o", "--shard-size", "0"],
   ],
 )
 def test_usage_errors_are_one_line_and_2(capsys, words):
   assert run(*words) == 2
   out, err = capsys.readouterr()
   assert out == "" and err.startswith("blip3o: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  "words",
+  [
+    ["generate", "--model", "m", "--prompt", "a"],
+    ["edit", "--model", "m", "--image", "a.png"],
+    ["reconstruct", "--model", "m", "--image", "a.png"],
+    ["chat", "--model", "m"],
+    ["eval", "shapes", "--model", "m"],
+    ["data", "inspect", "--config", "c.py"],
+    ["data", "make-shapes"],
+    ["doctor"],
+    ["bench", "dit"],
+  ],
+)
+def test_no_folder_is_made_in_the_place_of_a_bucket(capsys, tmp_path, monkeypatch, words):
+  """Told before anything is loaded; nor is there work for a file that lies in the way."""
+  monkeypatch.chdir(tmp_path)
+  assert run(*words, "--out", "gs://bucket/m") == 2
+  err = capsys.readouterr().err
+  assert "gs://bucket/m: this needs a file system; mount the bucket" in err and err.count("\n") == 1
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  "words",
+  [
+    ["edit", "--model", "m", "--image", "a.png"],
+    ["reconstruct", "--model", "m", "--image", "a.png"],
+    ["chat", "--model", "m"],
+    ["eval", "shapes", "--model", "m"],
+    ["doctor"],
+    ["bench", "dit"],
+  ],
+)
+def test_a_folder_that_cannot_be_is_told_before_anything_is_loaded(capsys, tmp_path, words):
+  (tmp_path / "file").write_text("in the way")
+  assert run(*words, "--out", tmp_path / "file" / "o" / "x") == 2
+  assert str(tmp_path / "file") in capsys.readouterr().err
 
 
 def test_train_reads_the_config_and_its_overrides(replace, tmp_path, capsys):
@@ -121,6 +178,9 @@ def test_demo_passes_on_where_to_listen(replace):
 
 class FakeModel:
   """Stands in for inference.model.Model."""
+
+  def sampling_with(self, **settings):
+    return Sampling().changed(**settings)
 
   def reconstruct(self, image):
     return [np.full((4, 4, 3), 7, np.uint8)]
@@ -164,6 +224,7 @@ def test_generate_a_few(jobs, tmp_path, capsys):
   assert run(*words, *more, "--compile-cache", "c") == 0
   settings = {"guidance": 1.5, "steps": 3, "exact_times": True, "decoder_null": "zeros"}
   assert jobs[1][-1] == {"num": 2, "seed": 5, "settings": settings, "compile_cache": "c"}
+  assert run(*words, "--batch-size", 8) == 0 and jobs[2][-1] == {**jobs[0][-1], "batch_size": 8}
   assert run(*words, "--set", "exact_times") == 2
   assert "exact_times is not NAME=VALUE" in capsys.readouterr().err
 
@@ -205,14 +266,21 @@ def test_chat_edit_and_reconstruct(model, replace, tmp_path, capsys):
   replace("blip3o_jax.apps.chat", chat=lambda *args, **settings: called.append((*args, settings)))
   words = ["--image", "a", "b", "--prompt", "what?", "why?", "--temperature", "0.5"]
   assert run("chat", "--model", "m", *words) == 0 and run("chat", "--model", "m") == 0
-  assert called[0] == (model, ["what?", "why?"], [Path("a"), Path("b")], Path("."), {"temperature": 0.5})
-  assert called[1] == (model, None, [], Path("."), {})
+  assert called[0] == (model, ["what?", "why?"], [Path("a"), Path("b")], Path("."), {"temperature": 0.5, "seed": 0})
+  assert called[1] == (model, None, [], Path("."), {"seed": 0})
+  assert run("chat", "--model", "m", "--seed", 7, "--out", tmp_path / "new") == 0
+  assert called[2] == (model, None, [], tmp_path / "new", {"seed": 7})
   image = ["--image", tmp_path / "x.jpg", tmp_path / "y.png", "--out", tmp_path / "o"]
   assert run("edit", "--model", "m", *image, "--instruction", "bluer", "--steps", 3) == 0
-  assert model.asked == ("bluer", {"seed": 0, "steps": 3})
+  assert model.asked == ("bluer", {"seed": 0, **dataclasses.asdict(Sampling(steps=3))})
   assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["x-edited.png", "y-edited.png"]
   assert run("reconstruct", "--model", "m", "--image", tmp_path / "x.jpg", "--out", tmp_path / "o") == 0
-  assert (tmp_path / "o" / "x.png").is_file()
+  assert (tmp_path / "o" / "x-reconstructed.png").is_file()
+  capsys.readouterr()
+  assert run("edit", "--model", "m", *image, "--set", "seed=5") == 2
+  assert "sampling setting 'seed' is unknown" in capsys.readouterr().err
+  assert run("edit", "--model", "m", "--image", "a/x.png", "b/y.png", "b/x.jpg", "--out", tmp_path) == 2
+  assert "two pictures would both become x-edited.png" in capsys.readouterr().err
 
 
 def test_caption(replace, capsys):
@@ -241,8 +309,8 @@ def test_eval_shapes_prints_families_and_questions(replace, tmp_path, capsys):
     return score
 
   replace("blip3o_jax.evaluation.shapes", run=evaluate)
-  assert run("eval", "shapes", "--model", "m", "--out", tmp_path, "--split", "seen", "--limit", 3) == 0
-  assert called == {"split": "seen", "num": 4, "seed": 0, "questions_dir": None, "limit": 3}
+  assert run("eval", "shapes", "--model", "m", "--out", tmp_path, "--split", "seen", "--limit", 3, "--fsdp", 2) == 0
+  assert called == {"split": "seen", "num": 4, "seed": 0, "questions_dir": None, "limit": 3, "fsdp": 2}
   out = capsys.readouterr().out
   for words in ("colors            0.750    0.250", "overall           0.500    0.100", "0.625"):
     assert words in out
@@ -260,9 +328,10 @@ def test_quickstart_and_verify_pass_on_what_they_are_given(replace, tmp_path):
 def test_convert_passes_on_format_and_dtype(replace, tmp_path, capsys):
   called = []
   replace("blip3o_jax.porting.locate", convert_model=lambda *a, **k: called.append((a, k)) or ["left out: x", a[1]])
-  assert run("convert", "--from", "micro", "--to", tmp_path / "new", "--dtype", "float16") == 0
-  assert called == [((["micro"], tmp_path / "new"), {"format": None, "part": None, "dtype": "float16"})]
-  assert capsys.readouterr().out == f"left out: x\n{tmp_path / 'new'}\n"
+  for to in (str(tmp_path / "new"), "gs://bucket/new"):  # every letter of it: a bucket may be written
+    assert run("convert", "--from", "micro", "--to", to, "--dtype", "float16") == 0
+    assert called.pop() == ((["micro"], to), {"format": None, "part": None, "dtype": "float16"})
+    assert capsys.readouterr().out == f"left out: x\n{to}\n"
 
 
 def test_many_problems_are_a_line_each(replace, tmp_path, capsys):

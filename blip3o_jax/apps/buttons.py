@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax.data.outputs import encode_png, write_atomically
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, out_of_memory
 from blip3o_jax.inference.dialogue import Dialogue
 from blip3o_jax.inference.model import Model
 from blip3o_jax.jobs.generate import picture_facts
@@ -37,17 +37,19 @@ class Buttons:
     self._count = 0
 
   def draw(self, prompt: str, num: Field, seed: Field, guidance: Field, steps: Field) -> Said:
-    """Pictures of a caption, one by one: one compiled program serves any number, and each is shown when it is done."""
+    """Pictures of a caption, as many at once as the mesh has places: one compiled program serves any number, and each
+    is shown when it is done."""
     num, settings = _whole("number of pictures", num), _settings(seed, guidance, steps)
     if not 1 <= num <= MOST_PICTURES:
       raise UserError(f"the number of pictures is {num}; take 1 to {MOST_PICTURES}")
     seed, sampling = settings.pop("seed"), self.model.sampling_with(**settings)
     row = self.model.row_to_draw(prompt, sampling)
     start, files = time.perf_counter(), []
-    for n in range(num):
-      yield {"gallery": files.copy(), "status": working(f"Drawing picture {n + 1} of {num}", n / num)}
-      picture = whole(self.model.draw([row], [seed], [n], sampling))[0]
-      files.append(self._file(picture, prompt, picture_facts(prompt, seed, n, sampling, self.model.name)))
+    for part, real in self.model.batches(list(range(num)), 1):
+      yield {"gallery": files.copy(), "status": working(f"Drawing picture {part[0] + 1} of {num}", part[0] / num)}
+      drawn = whole(self.model.draw([row] * len(part), [seed] * len(part), part, sampling))
+      for n, picture in zip(part[:real], drawn, strict=False):
+        files.append(self._file(picture, prompt, picture_facts(prompt, seed, n, sampling, self.model.name)))
     drawn = "1 picture" if num == 1 else f"{num} pictures"
     yield {"gallery": files, "status": finished(f"{drawn} of seed {seed}", start)}
 
@@ -94,9 +96,10 @@ class Buttons:
     except UserError as error:
       # Of an upload, the name that the user gave it: Gradio keeps each in a folder of its own.
       yield {"status": failed(re.sub(rf"{re.escape(str(self.folder))}/\w+/", "", str(error)))}
-    except Exception as error:  # a bug, or no memory left: told here and there, and the server goes on
+    except Exception as error:  # told here and there, and the server goes on
       traceback.print_exc()
-      yield {"status": failed(f"{type(error).__name__}: a fault of this program; its terminal says more")}
+      bug = f"{type(error).__name__}: a fault of this program; its terminal says more"
+      yield {"status": failed(out_of_memory(error) or bug)}
 
   def _anew(self, picture: str | None, doing: str, work: Callable[[], Sequence[np.ndarray]]) -> Said:
     if not picture:

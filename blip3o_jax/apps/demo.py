@@ -19,6 +19,7 @@ import numpy as np
 from blip3o_jax.apps.buttons import MOST_PICTURES, Buttons, working
 from blip3o_jax.data import shapes
 from blip3o_jax.errors import UserError
+from blip3o_jax.inference.dialogue import Dialogue
 from blip3o_jax.inference.model import Model, load_here
 from blip3o_jax.inference.prompts import bucket
 
@@ -80,10 +81,11 @@ def warm_up(model: Model) -> float:
   prompts, questions, instructions = examples(model)
   side = model.model.cfg.image_size
   picture = np.full((side, side, 3), 128, np.uint8)
+  answer = lambda: next(Dialogue(model).say(questions[0], [picture]))  # the first piece compiles all
   lengths = {bucket(len(model.row_to_draw(prompt, model.sampling).tokens)): prompt for prompt in prompts}
   for what, work in (
     ("draw", lambda: [model.generate(prompt) for prompt in lengths.values()]),
-    ("answer questions on pictures", lambda: model.chat([{"role": "user", "content": [picture, questions[0]]}])),
+    ("answer questions on pictures", answer),
     ("edit pictures", lambda: model.edit(picture, instructions[0])),
     ("reconstruct pictures", lambda: model.reconstruct(picture)),
   ):

@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from blip3o_jax.data.outputs import encode_png, square_grid, write_atomically
+from blip3o_jax.data.outputs import encode_png, remove_stale, square_grid, write_atomically
 from blip3o_jax.errors import UserError
 from blip3o_jax.evaluation.shapes import read_picture
 
@@ -51,4 +51,6 @@ class Prompts:
   def finish(self, index: int, out: Path, files: Sequence[str]) -> None:
     """The sheet."""
     sheet = square_grid([read_picture(out / file) for file in files])
-    write_atomically(out / "images" / f"{self.paths[index].stem}.png", encode_png(sheet))
+    path = out / "images" / f"{self.paths[index].stem}.png"
+    remove_stale([path])  # the scorer would take it for a sheet
+    write_atomically(path, encode_png(sheet))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blip3o_jax.data.inputs import PromptFile
-from blip3o_jax.data.outputs import encode_png, square_grid, write_atomically
+from blip3o_jax.data.outputs import encode_png, remove_stale, square_grid, write_atomically
 from blip3o_jax.evaluation.shapes import read_picture
 
 
@@ -35,5 +35,7 @@ class Prompts(PromptFile):
   def finish(self, index: int, out: Path, files: Sequence[str]) -> None:
     """The row as it came, and the pictures on one sheet."""
     folder = out / f"images/{index:05d}"
-    write_atomically(folder / "metadata.jsonl", json.dumps(self[index]).encode())
-    write_atomically(folder / "grid.png", encode_png(square_grid([read_picture(out / file) for file in files])))
+    metadata, grid = folder / "metadata.jsonl", folder / "grid.png"
+    remove_stale([metadata, grid])
+    write_atomically(metadata, json.dumps(self[index]).encode())
+    write_atomically(grid, encode_png(square_grid([read_picture(out / file) for file in files])))

@@ -6,7 +6,7 @@ OUT/pictures/PROMPT-NUMBER.png.
 
 import dataclasses
 import json
-import shutil
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from blip3o_jax.data import shapes
-from blip3o_jax.data.outputs import encode_png, write_atomically
+from blip3o_jax.data.outputs import encode_png, remove_stale, writable_folder, write_atomically
 from blip3o_jax.data.shapes import FAMILIES, INVERSE, Caption
 from blip3o_jax.errors import UserError
 from blip3o_jax.evaluation.shapes_judge import judge, satisfies
-from blip3o_jax.inference.model import load
+from blip3o_jax.inference.model import load_here
 
 SPLITS = ("heldout", "seen")
 _KINDS = {  # how a question begins -> what it asks; the first that fits
@@ -66,25 +66,27 @@ def run(
   seed: int = 0,
   questions_dir: str | Path | None = None,
   limit: int | None = None,
+  fsdp: int = 1,
+  compile_cache: str | Path | None = None,
 ) -> ShapesScore:
   """Draw `num` pictures for every prompt of a split, judge them, and write all of it to `out_dir`.
 
   Args:
-    model_dir: whatever `inference.model.load` takes.
+    model_dir, fsdp: see inference.model.load_here.
     split: "heldout" (combinations held out of every stage) or "seen".
     questions_dir: `understanding/` of a shapes corpus; its held-out questions are asked too.
     limit: number of prompts, taken from the families in turn.
 
   Raises:
-    UserError: unknown split, no model, or no questions there.
+    UserError: unknown split, `out_dir` cannot be written, no model, or no questions there.
   """
   if split not in SPLITS:
     raise UserError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
   if num < 1 or (limit is not None and limit < 1):
     raise UserError(f"num is {num} and limit is {limit}; both must be at least 1")
-  return evaluate(
-    load(model_dir), prompts(split, limit), out_dir, num=num, seed=seed, questions_dir=questions_dir, split=split
-  )
+  out = writable_folder(out_dir)
+  model = load_here(model_dir, fsdp=fsdp, compile_cache=compile_cache)
+  return evaluate(model, prompts(split, limit), out, num=num, seed=seed, questions_dir=questions_dir, split=split)
 
 
 def prompts(split: str = "heldout", limit: int | None = None) -> list[Caption]:
@@ -204,13 +206,21 @@ def ask(model: Any, questions_dir: str | Path) -> dict[str, dict[str, float]]:
 
 
 def read_questions(path: str | Path, limit: int | None = None) -> list[tuple[np.ndarray | None, str, str]]:
-  """(picture uint8 [H, W, 3] or None, question, answer) of the first turn of every row of a questions file."""
+  """(picture uint8 [H, W, 3] or None, question, answer) of the first turn of every row of a questions file.
+
+  Raises:
+    UserError: a line that is no such row.
+  """
   path, found = Path(path), []
-  for line in path.read_text().splitlines()[:limit]:
-    row = json.loads(line)
-    question, answer = (turn["value"] for turn in row["conversations"][:2])
-    picture = read_picture(path.parent / row["image"]) if row["image"] else None
-    found.append((picture, question.removeprefix("<image>\n"), answer))
+  for number, line in enumerate(path.read_text().splitlines()[:limit], start=1):
+    try:
+      row = json.loads(line)
+      question, answer = (turn["value"] for turn in row["conversations"][:2])
+      picture = read_picture(path.parent / row["image"]) if row["image"] else None
+      found.append((picture, question.removeprefix("<image>\n"), answer))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      what = f"{type(error).__name__}: {error}"
+      raise UserError(f"{path}: line {number} is no question ({what}); make the corpus again") from None
   return found
 
 
@@ -264,7 +274,10 @@ def read_picture(path: str | Path) -> np.ndarray:
 
 
 def _write_pictures(folder: Path, drawn: Sequence[Sequence[np.ndarray]]) -> None:
-  shutil.rmtree(folder, ignore_errors=True)  # of an evaluation with other prompts
-  for i, row in enumerate(drawn):
-    for n, picture in enumerate(row):
-      write_atomically(folder / f"{i:03d}-{n}.png", encode_png(picture))
+  for file in folder.glob("*.png"):
+    if re.fullmatch(r"\d{3,}-\d+\.png", file.name):  # of an evaluation with other prompts; what else lies there stays
+      file.unlink()
+  pictures = {folder / f"{i:03d}-{n}.png": picture for i, row in enumerate(drawn) for n, picture in enumerate(row)}
+  remove_stale(pictures)
+  for path, picture in pictures.items():
+    write_atomically(path, encode_png(picture))

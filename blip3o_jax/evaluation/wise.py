@@ -4,10 +4,13 @@
 
 `--prompts` is one of the benchmark's files (cultural_common_sense.json, spatio-temporal_reasoning.json,
 natural_science.json) or the folder of all three: rows with "prompt_id" and "Prompt". One picture a prompt, named by its
-id. The scorer asks a language model on the net, once for each file:
+id. The scorer asks a language model on the net for marks of each picture, and makes the score (WiScore) of them:
 
-  python gpt_eval.py --json_path data/cultural_common_sense.json --image_dir OUT/images --output_dir RESULTS \\
-    --api_key KEY --model gpt-4o-2024-05-13 --result_full full.json --result_scores scores.jsonl
+  for set in cultural_common_sense spatio-temporal_reasoning natural_science; do
+    python gpt_eval.py --json_path data/$set.json --image_dir OUT/images --output_dir RESULTS --api_key KEY \\
+      --model gpt-4o-2024-05-13 --result_full $set-full.json --result_scores $set-scores.jsonl
+  done
+  python Calculate.py RESULTS/*-scores.jsonl --category all
 """
 
 from collections.abc import Sequence
@@ -25,11 +28,12 @@ class Prompts:
   nums = (1,)
 
   def __init__(self, path: str | Path):
-    files = [file for name in FILES if (file := Path(path) / name).exists()] or [Path(path)]
+    path = Path(path)
+    files = [path / name for name in FILES] if path.is_dir() else [path]
     contents, self.digest = read_json(files)
     self.rows = [row for content in contents for row in content] if all(isinstance(c, list) for c in contents) else []
-    ids = [row.get("prompt_id") for row in self.rows if isinstance(row, dict)]
-    if not ids or len(set(ids)) < len(self.rows) or None in ids:
+    ids = [row["prompt_id"] for row in self.rows if isinstance(row, dict) and type(row.get("prompt_id")) in (int, str)]
+    if not ids or len(set(ids)) < len(self.rows):
       raise UserError(f'{path} is not of WISE: it wants lists of rows, each with its own "prompt_id"')
 
   def __len__(self) -> int:

@@ -9,6 +9,8 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.inference.model import Model
 from blip3o_jax.inference.prompts import Message, Picture, shown
 
+LONGEST_ANSWER = 1024  # tokens, as on the release's page (spec 4.5); most answers end by themselves long before
+
 
 class Dialogue:
   """Remembers what was said. A picture that the model drew goes back into its context through the understanding tower,
@@ -21,10 +23,12 @@ class Dialogue:
   def __init__(self, model: Model):
     self.model, self.messages = model, list[Message]()
 
-  def say(self, text: str, images: Sequence[Picture] = (), **settings) -> Iterator[str]:
+  def say(
+    self, text: str, images: Sequence[Picture] = (), *, max_new_tokens: int = LONGEST_ANSWER, **settings
+  ) -> Iterator[str]:
     """The answer, piece by piece; `settings` are those of `Model.chat`. It is remembered once it has been read."""
     asked = self._with(text, images)
-    pieces = self.model.chat(asked, stream=True, **settings)
+    pieces = self.model.chat(asked, stream=True, max_new_tokens=max_new_tokens, **settings)
 
     def remembered():
       said = []

@@ -26,6 +26,7 @@ from blip3o_jax.models.blip3o import Blip3o, to_uint8
 
 DECODER_NULLS = ("generated", "image", "zeros")
 DECODER_SOLVERS = (*SOLVERS, "dpm++")
+PIXEL_SETTINGS = ("decoder_steps", "decoder_guidance", "decoder_solver", "decoder_interval", "decoder_tile")
 _MOST_STEPS, _MOST_GUIDANCE = 1000, 100.0
 _KINDS = {  # of settings: what is taken for one, and its name
   int: (numbers.Integral, "a whole number"),
@@ -110,13 +111,7 @@ class Sampling:
 
   def of_pixels(self) -> dict[str, Any]:
     """The settings of `draw_pixels`."""
-    return {
-      "steps": self.decoder_steps,
-      "guidance": self.decoder_guidance,
-      "solver": self.decoder_solver,
-      "interval": self.decoder_interval,
-      "tile": self.decoder_tile,
-    }
+    return {name.removeprefix("decoder_"): getattr(self, name) for name in PIXEL_SETTINGS}
 
 
 def picture_keys(seed: int | Sequence[int], pictures: Sequence[int]) -> jax.Array:

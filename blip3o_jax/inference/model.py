@@ -1,6 +1,7 @@
 """The public class: a model directory in, pictures and answers out."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import math
@@ -159,7 +160,7 @@ class Model:
     return pictures
 
   def edit(
-    self, images: Picture | Sequence[Picture], instructions: str | Sequence[str] = "", **settings
+    self, images: Picture | Sequence[Picture], instructions: str | Sequence[str] = "", *, seed: int = 0, **settings
   ) -> list[np.ndarray]:
     """Draw pictures anew by instructions: uint8 [H, W, 3] each; without an instruction, reconstruct them.
 
@@ -168,7 +169,7 @@ class Model:
     or weights exist for BLIP3-o, so an instruction is followed as far as the model at hand has learned it.
 
     Args:
-      images, instructions: one of each, or lists of the same length. settings: as of `generate`, `seed` among them.
+      images, instructions: one of each, or lists of the same length. settings: fields of image.Sampling.
     """
     images = _listed(images)
     instructions = [instructions] * len(images) if isinstance(instructions, str) else list(instructions)
@@ -176,15 +177,19 @@ class Model:
       raise UserError(f"{len(images)} pictures for {len(instructions)} instructions; give one for each")
     pairs = zip(images, instructions, strict=True)
     requests = [edit_request(picture, instruction) for picture, instruction in pairs]
-    return [row[0] for row in self.generate(requests, **settings)]
+    sampling = dataclasses.asdict(self.sampling_with(**settings))
+    return [row[0] for row in self.generate(requests, seed=seed, **sampling)]
 
   def reconstruct(self, images: Picture | Sequence[Picture], *, seed: int = 0, **settings) -> list[np.ndarray]:
     """Encode pictures to CLIP features and draw them from these: uint8 [H, W, 3] each (spec 4.4, 6.5 image path).
 
     Pictures are squashed to the encoder's square, as the release does; crop them first to keep the proportions. Each
-    result depends on (picture, seed) and the settings alone.
+    result depends on (picture, seed) and the settings alone: those of the decoder, image.PIXEL_SETTINGS.
     """
     sampling = self.sampling_with(**settings)
+    if idle := [name for name in settings if name not in drawing.PIXEL_SETTINGS]:
+      bearing = ", ".join(drawing.PIXEL_SETTINGS)
+      raise UserError(f"setting {idle[0]!r} does not bear on a reconstruction; these do: {bearing}")
     self._need("clip", "unet", "vae")
     pixels = [self._clip_pixels(x) for x in _listed(images)]
     out = []

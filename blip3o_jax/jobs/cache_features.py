@@ -1,8 +1,9 @@
 """`blip3o data cache-features`: the CLIP features of every picture, once, to train from (DESIGN part 6.2).
 
 The encoder is about half of the arithmetic of a training step of the release and always says the same of a picture.
-Every process takes every so-many-th shard and works on its own devices alone, so processes need not keep step; a shard
-that is there is never computed again, by whatever number of processes it was begun.
+Every process takes every so-many-th shard and works on its own devices alone, so processes need not keep step and wait
+for each other but at the end; a shard that is there is never computed again, by whatever number of processes it was
+begun.
 """
 
 import dataclasses
@@ -62,16 +63,16 @@ def run(
   mine = manifest.shards[jax.process_index() :: jax.process_count()]
   todo = [(out / name, rows) for name, rows in mine if not (out / name).exists()]
   print(f"{len(mine) - len(todo)} of {len(mine)} shards are there already", flush=True)
-  if not todo:
-    return Report(0, 0, 0.0, 0)
-
-  mesh = make_mesh({"data": 1, "fsdp": -1}, batch_size=batch_size, devices=jax.local_devices())
-  params = source.read(("clip",), abstract_params(config, ("clip",), jnp.dtype(dtype), mesh))
-  encode = make_encoder(config, params, mesh, batch_size, dtype)
-  order = np.concatenate([np.arange(0), *(np.asarray(rows) for _, rows in todo)])
-  squares = Squares(pictures, order, config.clip.image_size, resize)
-  report = write_shards(todo, squares, encode, batch_size=batch_size, threads=threads)
-  print(f"{report.pictures} pictures, {report.bad} of them bad, {report.bytes / 1e6:,.1f} MB: {out}", flush=True)
+  report = Report(0, 0, 0.0, 0)
+  if todo:
+    mesh = make_mesh({"data": 1, "fsdp": -1}, batch_size=batch_size, devices=jax.local_devices())
+    params = source.read(("clip",), abstract_params(config, ("clip",), jnp.dtype(dtype), mesh))
+    encode = make_encoder(config, params, mesh, batch_size, dtype)
+    order = np.concatenate([np.asarray(rows) for _, rows in todo])
+    squares = Squares(pictures, order, config.clip.image_size, resize)
+    report = write_shards(todo, squares, encode, batch_size=batch_size, threads=threads)
+    print(f"{report.pictures} pictures, {report.bad} of them bad, {report.bytes / 1e6:,.1f} MB: {out}", flush=True)
+  distributed.wait_for_all()
   return report
 
 

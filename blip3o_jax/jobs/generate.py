@@ -90,18 +90,21 @@ def draw_few(
   *,
   num: int = 4,
   seed: int = 0,
+  batch_size: int | None = None,
   settings: Mapping[str, Any] | None = None,
   fsdp: int = 1,
   compile_cache: str | Path | None = None,
 ) -> Iterator[tuple[Path, str]]:
-  """Draw at once what fits into memory, to OUT/PROMPT-NUMBER.png; yields (file, prompt)."""
+  """Draw all pictures, to OUT/PROMPT-NUMBER.png; yields (file, prompt). Arguments as of `run`."""
   out, model = writable_folder(out), load_here(model_name, fsdp=fsdp, compile_cache=compile_cache)
+  model.batch_size = batch_size or model.batch_size
   sampling = model.sampling_with(**(settings or {}))
   drawn = model.generate(prompts, num=num, seed=seed, **dataclasses.asdict(sampling))
   for i, (prompt, pictures) in enumerate(zip(prompts, drawn, strict=True)):
     for n, picture in enumerate(pictures):
       path = out / f"{i:03d}-{n}.png"
-      write_atomically(path, encode_png(picture, picture_facts(prompt, seed, n, sampling, model.digest)))
+      # Not its digest, for which weights in the release's layout would all be read again.
+      write_atomically(path, encode_png(picture, picture_facts(prompt, seed, n, sampling, model.name)))
       yield path, prompt
 
 
@@ -175,7 +178,7 @@ class _Job:
           drawing.append((items, self._draw(items, batch_size)))
         if drawing and (len(drawing) > 1 or not items):
           done, pixels = drawing.popleft()
-          pictures = _waited(pixels)
+          pictures = np.asarray(pixels)
           writing.append((done, [pool.submit(_write, *pair) for pair in zip(done, pictures, strict=False)]))
         if writing and (len(writing) > 1 or not items):
           self._settle(*writing.popleft())
@@ -244,14 +247,3 @@ class _Job:
 
 def _write(item: _Item, picture: np.ndarray) -> None:
   write_atomically(item.path, encode_png(picture, item.facts))
-
-
-def _waited(pixels: jax.Array) -> np.ndarray:
-  try:
-    return np.asarray(pixels)
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" in str(error):
-      raise UserError(
-        f"{len(pixels)} pictures at once are too many for this memory; give a smaller batch size"
-      ) from None
-    raise

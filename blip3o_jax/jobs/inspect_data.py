@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
 from blip3o_jax.data import pipeline
-from blip3o_jax.data.outputs import encode_png, write_atomically
+from blip3o_jax.data.outputs import encode_png, writable_folder, write_atomically
 from blip3o_jax.data.pictures import Pictures
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
@@ -62,7 +62,7 @@ def run(config: ConfigDict, out: str | Path, *, num: int = 256, seconds: float =
   Raises:
     UserError: what is wrong with the config or its data as a whole.
   """
-  cfg = config.data.to_dict()
+  out, cfg = writable_folder(out), config.data.to_dict()
   configs, reading = pipeline.parse(cfg)
   architecture = presets.get(config.model.preset, config.model.to_dict()["overrides"])
   tools = preparation(config, architecture)
@@ -77,7 +77,6 @@ def run(config: ConfigDict, out: str | Path, *, num: int = 256, seconds: float =
     sheets.append(_sheet(samples))
   report["rows_per_second"] = rate = _rate(cfg, config, tools, seconds)
   yield f"loader: {rate:.0f} rows a second ({_words(reading)}; the first batch not counted)"
-  out = Path(out)
   write_atomically(out / "contact.png", encode_png(np.concatenate(sheets)))
   write_atomically(out / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
   write_atomically(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())

@@ -4,8 +4,9 @@
   OUT/parts/000012.jsonl   the records of a finished part, there whole or not at all
   OUT/manifest.jsonl    the records of all parts, once all are finished
 
-Which parts there are depends on the inputs alone, so a job may go on with any number of processes or devices. A process
-needs no word from the others: one that dies holds up nobody, and its parts are left for the next start.
+Which parts there are depends on the inputs alone, so a job may go on with any number of processes or devices. Processes
+work without a word from each other, and wait at the end until all have done their parts. One that dies ends the others
+too, within minutes (JAX sees to that); the next start takes up what they left.
 """
 
 import json
@@ -17,8 +18,10 @@ from typing import Any
 
 import jax
 
+from blip3o_jax.data.inputs import read_json
 from blip3o_jax.data.outputs import differences, remove_stale, write_atomically
 from blip3o_jax.errors import UserError
+from blip3o_jax.sharding import distributed
 
 
 class Parts:
@@ -39,8 +42,12 @@ class Parts:
     self.size = min(max(1, inputs // 256), largest)
     self.count, self.inputs = -(-inputs // self.size), inputs
     facts, stored = {**facts, "inputs": inputs}, self.out / "job.json"
-    if stored.exists() and (changed := differences(json.loads(stored.read_text()), facts).values()):
-      raise UserError(f"{self.out} holds another job: its {'; '.join(changed)}; give another folder")
+    if stored.exists():
+      (there,), _ = read_json([stored])
+      if not isinstance(there, dict):
+        raise UserError(f"{stored} is not of a job; give another folder")
+      if changed := differences(there, facts).values():
+        raise UserError(f"{self.out} holds another job: its {'; '.join(changed)}; give another folder")
     write_atomically(stored, (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
 
   def unfinished(self) -> list[range]:
@@ -110,10 +117,12 @@ def _duration(seconds: float) -> str:
 
 
 def closing(parts: Parts, what: str) -> str:
-  """Merge, and sum up in a line. Raises UserError if some inputs could not be used: the others are done."""
+  """Wait for the other processes, merge, and sum up in a line. Raises UserError if some inputs could not be used: the
+  others are done."""
+  distributed.wait_for_all()
   errors = parts.merge()
-  if errors is None:
-    return f"this process is done; other processes still work on {parts.out}"
+  if errors is None:  # hosts whose disk is not the same, or not yet up to date
+    return f"this process is done; {parts.out} does not show all parts of the others, the same command merges them"
   if errors:
     raise UserError(
       f"{len(errors)} of {parts.inputs} {what} could not be used, the others are done; "

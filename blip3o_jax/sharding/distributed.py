@@ -1,6 +1,7 @@
 """Starting JAX, on one machine or on many, and barriers that do not wait for ever."""
 
 import os
+import threading
 
 import jax
 import numpy as np
@@ -78,7 +79,33 @@ def barrier(name: str, timeout_s: float = 600.0) -> None:
   try:
     ocp.multihost.get_barrier_sync_fn()(key=f"blip3o_jax/{name}", timeout_ms=int(timeout_s * 1000))
   except Exception as error:
-    raise UserError(f"not every process reached {name!r} within {timeout_s:.0f} s; look for one that died") from error
+    waited = f"waiting at most {timeout_s:.0f} s"
+    raise UserError(f"not every process reached {name!r}, {waited}; look for one that died") from error
+
+
+def wait_for_all() -> None:
+  """Where a process has no more to do: wait for those that have, for days if need be.
+
+  One that ends waits for the others in JAX's own shutdown, which after five minutes aborts all of them. One that dies
+  ends this waiting, and the others with it, when its heartbeats have been missed for a minute or two.
+
+  Raises:
+    UserError: another process failed.
+  """
+  failed = []
+
+  def wait():
+    try:
+      barrier("the end", timeout_s=7 * 86400)
+    except UserError as error:
+      failed.append(error)
+
+  # In a thread, as the barrier itself would let no signal through.
+  waiting = threading.Thread(target=wait, daemon=True)
+  waiting.start()
+  waiting.join()
+  if failed:
+    raise failed[0]
 
 
 def whole(x: jax.Array | np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What the buttons of the page do: real pictures and answers of the tiny model, and one line for what is wrong."""
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -53,6 +54,22 @@ def test_draw_shows_each_picture_when_it_is_done(buttons, model):
   assert np.array_equal(np.asarray(first), model.generate("A circle!", **DRAWING)[0][0])
   assert not np.array_equal(np.asarray(first), np.asarray(second))
   assert first.filename.endswith("/a-circle-1.png") and second.text["number"] == "1" and second.text["seed"] == "3"
+
+
+def test_draw_takes_as_many_at_once_as_there_are_devices(buttons, model, monkeypatch):
+  """The last batch filled up. tests/inference/test_exact.py draws on four for real."""
+  asked = []
+
+  def draw(self, rows, seeds, numbers, sampling):
+    asked.append((len(rows), seeds, numbers))
+    return np.stack([np.full((4, 4, 3), n, np.uint8) for n in numbers])
+
+  monkeypatch.setattr(type(model), "draw", draw)
+  monkeypatch.setattr(model, "mesh", jax.sharding.AbstractMesh((2,), ("data",)))
+  said = list(buttons.draw("A circle!", num=3, **DRAWING))
+  assert asked == [(2, [3, 3], [0, 1]), (2, [3, 3], [2, 2])]
+  assert [len(news["gallery"]) for news in said] == [0, 2, 3] and "picture 3 of 3" in said[1]["status"]
+  assert [np.asarray(Image.open(file)).max() for file in said[-1]["gallery"]] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +135,7 @@ def test_a_dialogue_of_words_and_pictures(buttons, model, upload):
   # What it drew and what was shown are what it reads.
   *asked, answer = second["talk"]["messages"]
   assert [message["role"] for message in asked] == ["user", "assistant", "user"]
-  assert np.array_equal(asked[1]["content"][0], drawn) and answer["content"] == model.chat(asked)
+  assert np.array_equal(asked[1]["content"][0], drawn) and answer["content"] == model.chat(asked, max_new_tokens=1024)
   assert second["chat"][-1]["content"] == (answer["content"] or "(no words)")
   # The box is emptied once the turn is taken, and not if it was refused.
   for work, settings in ((buttons.say, ()), (buttons.draw_next, DRAWING.values())):
@@ -127,7 +144,7 @@ def test_a_dialogue_of_words_and_pictures(buttons, model, upload):
 
 
 def test_answers_stream(buttons, monkeypatch, model):
-  monkeypatch.setattr(type(model), "chat", lambda self, messages, stream: iter(["a", " circle", ""]))
+  monkeypatch.setattr(type(model), "chat", lambda self, messages, stream, max_new_tokens: iter(["a", " circle", ""]))
   said = list(buttons.say({"text": "what is it?", "files": []}, None))
   assert [news["chat"][1:] for news in said] == [[]] + [
     [{"role": "assistant", "content": words}] for words in ("a", "a circle", "a circle", "a circle")
@@ -142,6 +159,12 @@ def test_a_bug_is_told_and_printed(buttons, capsys):
 
   assert "ZeroDivisionError: a fault of this program" in told(buttons.spoken(broken))
   assert "ZeroDivisionError: by <zero>" in capsys.readouterr().err
+
+  def large():
+    yield {"status": page_buttons.working("Drawing")}
+    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
+
+  assert "the device has no memory left" in told(buttons.spoken(large))
 
 
 def test_what_users_write_is_not_taken_for_html():

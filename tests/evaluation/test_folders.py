@@ -24,8 +24,10 @@ def test_geneval(tiny_directory, tmp_path):
     {"tag": "colors", "include": [{"class": "cow", "count": 1, "color": "red"}], "prompt": "a photo of a red cow"},
   ]
   (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
-  draw(tiny_directory, geneval, tmp_path / "m.jsonl", tmp_path / "out", num=4)
   images = tmp_path / "out" / "images"
+  (images / "00001").mkdir(parents=True)
+  (images / "00001" / ".grid.png.0a1b2c3d.tmp").write_bytes(b"of a killed process")
+  draw(tiny_directory, geneval, tmp_path / "m.jsonl", tmp_path / "out", num=4)
   assert sorted(os.listdir(images)) == ["00000", "00001"]
   for folder, row in zip(sorted(images.iterdir()), rows, strict=True):
     with open(folder / "metadata.jsonl") as file:
@@ -33,7 +35,7 @@ def test_geneval(tiny_directory, tmp_path):
     samples = sorted(os.listdir(folder / "samples"))
     assert len(samples) == 4 and all(re.fullmatch(r"\d+\.png", name) for name in samples)
     grid = np.asarray(Image.open(folder / "grid.png"))
-    assert grid.shape == (32, 32, 3)
+    assert grid.shape == (32, 32, 3) and sorted(os.listdir(folder)) == ["grid.png", "metadata.jsonl", "samples"]
     assert np.array_equal(grid[:16, 16:], np.asarray(Image.open(folder / "samples" / samples[1])))
 
 
@@ -42,6 +44,8 @@ def test_dpg(tiny_directory, tmp_path):
   (tmp_path / "prompts").mkdir()
   for item in ("1", "drawbench_12"):
     (tmp_path / "prompts" / f"{item}.txt").write_text(f"{item} red circles\n")
+  (tmp_path / "out" / "images").mkdir(parents=True)
+  (tmp_path / "out" / "images" / ".1.png.0a1b2c3d.tmp").write_bytes(b"of a killed process")
   draw(tiny_directory, dpg, tmp_path / "prompts", tmp_path / "out", num=4)
   assert sorted(os.listdir(tmp_path / "out" / "images")) == ["1.png", "drawbench_12.png"]
   sheet = Image.open(tmp_path / "out" / "images" / "drawbench_12.png")
@@ -68,6 +72,13 @@ def test_wise(tiny_directory, tmp_path):
     wise.Prompts(tmp_path / "data" / "natural_science_rewrite.json")
   with pytest.raises(UserError, match="cannot be read as JSON"):
     wise.Prompts(tmp_path / "none.json")
+  for bad in ([1], None, True, 1.5):
+    (tmp_path / "bad.json").write_text(json.dumps([{"Prompt": "a circle", "prompt_id": bad}]))
+    with pytest.raises(UserError, match="is not of WISE"):
+      wise.Prompts(tmp_path / "bad.json")
+  (tmp_path / "data" / wise.FILES[1]).unlink()  # of a folder all of it, or the score is of something else
+  with pytest.raises(UserError, match=wise.FILES[1]):
+    wise.Prompts(tmp_path / "data")
 
 
 def test_mjhq(tiny_directory, tmp_path):

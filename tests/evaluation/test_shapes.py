@@ -73,13 +73,16 @@ def test_a_painter_that_does_not_listen_scores_what_the_control_scores(captions,
 def test_what_is_left_on_disk(captions, tmp_path):
   (tmp_path / "pictures").mkdir()
   (tmp_path / "pictures" / "999-0.png").write_bytes(b"of an earlier run")
+  (tmp_path / "pictures" / ".000-0.png.0a1b2c3d.tmp").write_bytes(b"of a killed one")
+  theirs = ["2024-01-holiday.png", "999-0.jpg", "cat.png"]
+  for name in theirs:
+    (tmp_path / "pictures" / name).write_bytes(b"of the user")
   evaluation.evaluate(Painter(), captions[:3], tmp_path, num=2)
   stored = json.loads((tmp_path / "scores.json").read_text())
   assert [row["prompt"] for row in stored["prompts"]] == [c.text for c in captions[:3]]
   assert stored["prompts"][0]["right"] == [True, True]
-  assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == [
-    f"{i:03}-{n}.png" for i in range(3) for n in (0, 1)
-  ]
+  own = [f"{i:03}-{n}.png" for i in range(3) for n in (0, 1)]
+  assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == sorted(own + theirs)
   with Image.open(tmp_path / "grid.png") as sheet:
     assert sheet.size[0] > 2 * 128 * 3 and sheet.size[1] > 128
   assert not list(tmp_path.rglob("*.tmp"))
@@ -137,3 +140,7 @@ def test_bad_input_is_told(tmp_path):
     evaluation.run("micro", tmp_path, split="trained")
   with pytest.raises(UserError, match="make-shapes"):
     evaluation.ask(Painter(), tmp_path)
+  for line, words in (("{", "JSONDecodeError"), ('{"image": null}', "KeyError"), ("[]", "TypeError")):
+    (tmp_path / "heldout.jsonl").write_text(line)
+    with pytest.raises(UserError, match=f"heldout.jsonl: line 1 is no question .{words}"):
+      evaluation.ask(Painter(), tmp_path)

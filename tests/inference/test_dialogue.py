@@ -91,6 +91,14 @@ def test_a_drawn_picture_is_read_by_the_next_turn(model):
   assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 3
 
 
+def test_answers_may_be_as_long_as_on_the_page_of_the_release(model, monkeypatch):
+  asked, real = [], type(model).talk_settings
+  monkeypatch.setattr(type(model), "talk_settings", lambda self, **s: asked.append(s) or real(self, **s))
+  next(Dialogue(model).say("what is red?"))
+  chat(model, ["what is red?"], [], "", max_new_tokens=5, temperature=1.5, seed=3)
+  assert [settings["max_new_tokens"] for settings in asked] == [1024, 5]
+
+
 def test_what_fails_is_not_remembered(model):
   talk = Dialogue(model)
   with pytest.raises(UserError, match="no such image"):
@@ -115,5 +123,10 @@ def test_the_commands_turns(model, tmp_path, monkeypatch, capsys):
   assert "no such image" in said[0] and said[1] == first and said[2] == str(tmp_path / "out" / "drawn-0.png")
   assert "/draw TEXT draws" in said[3] and len(said) == 4
   assert Image.open(said[2]).size == (16, 16)
+  # Another talk takes another name, and another seed draws another picture.
+  chat(model, ["/draw a circle"], [], tmp_path / "out", seed=1)
+  assert capsys.readouterr().out == f"{tmp_path / 'out' / 'drawn-1.png'}\n"
+  other = np.asarray(Image.open(tmp_path / "out" / "drawn-1.png"))
+  assert near(other, model.generate("a circle", seed=1)[0][0]) and not near(other, Image.open(said[2]))
   with pytest.raises(UserError, match="no such image"):
     chat(model, ["what?"], [tmp_path / "nowhere.png"], tmp_path)

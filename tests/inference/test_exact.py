@@ -98,8 +98,13 @@ model = ["--model", model, "--fsdp", "2"]
 picture = f"{out}/000-0.png"
 assert cli.main(["generate", *model, "--prompt", "a circle", "--num", "1", "--out", out]) == 0
 assert cli.main(["edit", *model, "--image", picture, "--instruction", "a square", "--out", out]) == 0
-assert cli.main(["reconstruct", *model, "--image", picture, "--out", f"{out}/again"]) == 0
+assert cli.main(["reconstruct", *model, "--image", picture, "--out", out]) == 0
 assert cli.main(["chat", *model, "--image", picture, "--prompt", "what is this?"]) == 0
+from pathlib import Path
+from blip3o_jax.apps.buttons import Buttons
+from blip3o_jax.inference.model import load_here
+*_, page = Buttons(load_here(sys.argv[1], fsdp=2), Path(out)).draw("a circle", 1, 0, 3.0, 2)
+assert len(page["gallery"]) == 1
 """
 
 
@@ -110,11 +115,11 @@ def test_commands_for_one_picture_use_all_devices(tiny_directory, tmp_path):
   words = [sys.executable, "-c", COMMANDS, str(tiny_directory), str(tmp_path)]
   done = subprocess.run(words, capture_output=True, text=True, env=env)
   assert done.returncode == 0, done.stderr[-3000:]
-  files = ["000-0.png", "000-0-edited.png", "again/000-0.png"]
+  files = ["000-0.png", "000-0-edited.png", "000-0-reconstructed.png", "drawn/a-circle-1.png"]
   drawn = [np.asarray(Image.open(tmp_path / name)).astype(int) for name in files]
   model = blip3o_jax.load(tiny_directory)
   alone = [model.generate("a circle", seed=0)[0][0], model.edit(tmp_path / files[0], "a square", seed=0)[0]]
-  alone.append(model.reconstruct(tmp_path / files[0])[0])
+  alone += [model.reconstruct(tmp_path / files[0])[0], alone[0]]
   for here, there in zip(drawn, alone, strict=True):
     assert np.abs(here - there).max() <= 1
 

@@ -186,6 +186,8 @@ def test_bad_input_is_told_in_one_line(model, picture, directory, tmp_path):
     (lambda: model.generate("a circle", guidance_interval=["low", "high"]), "give two noise levels"),
     (lambda: model.generate("a circle", wording="poem"), "'poem'"),
     (lambda: model.reconstruct(picture, brightness=2), "setting 'brightness' is unknown"),
+    (lambda: model.reconstruct(picture, steps=5), "'steps' does not bear on a reconstruction; these do: decoder_steps"),
+    (lambda: model.edit(picture, "bluer", num=3), "setting 'num' is unknown"),
     (lambda: model.reconstruct(tmp_path / "none.png"), "none.png: no such image"),
     (lambda: model.features(tmp_path / "broken.png"), "broken.png: not an image"),
     (lambda: model.features(tmp_path), "not a readable image"),

@@ -13,6 +13,7 @@ from blip3o_jax.data.inputs import PromptFile
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference.model import Model
 from blip3o_jax.jobs import generate
+from blip3o_jax.porting.source import Source
 
 PROMPTS = ["a red circle", "two circles", "a green cross", "a circle left of a square", "zwölf Kreise"]
 
@@ -164,7 +165,11 @@ def test_what_stops_a_job_at_once(tiny_directory, tmp_path, monkeypatch):
     PromptFile(write(tmp_path / "empty.jsonl", "", " "))
 
 
-def test_a_few_by_name(tiny_directory, tmp_path):
-  told = list(generate.draw_few(tiny_directory, PROMPTS[:1], tmp_path, num=2, seed=3, settings={"wording": "paper"}))
-  assert [(path.name, prompt) for path, prompt in told] == [(f"000-{n}.png", PROMPTS[0]) for n in range(2)]
-  assert json.loads(Image.open(told[0][0]).text["settings"])["wording"] == "paper"
+def test_a_few_by_name(tiny_directory, tmp_path, drawn, monkeypatch):
+  monkeypatch.setattr(Source, "content_hash", None)  # no weights are read for a label
+  options = {"num": 3, "seed": 3, "batch_size": 2, "settings": {"wording": "paper"}}
+  told = list(generate.draw_few(tiny_directory, PROMPTS[:1], tmp_path, **options))
+  assert [(path.name, prompt) for path, prompt in told] == [(f"000-{n}.png", PROMPTS[0]) for n in range(3)]
+  assert drawn == [2, 2]
+  text = Image.open(told[0][0]).text
+  assert json.loads(text["settings"])["wording"] == "paper" and text["model"] == str(tiny_directory)

@@ -1,6 +1,11 @@
 """Parts of a job: which there are, whose they are, and when they are finished."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -32,7 +37,7 @@ def test_a_finished_part_is_not_taken_again(tmp_path):
   parts.finish(second, [{"row": 2}, {"row": 3, "error": "no"}])
   assert Parts(tmp_path, 512, FACTS).unfinished()[:2] == [first, range(4, 6)]
   assert parts.merge() is None and not (tmp_path / "manifest.jsonl").exists()
-  assert "other processes still work" in closing(parts, "rows")
+  assert "does not show all parts" in closing(parts, "rows")
   for part in parts.unfinished():
     parts.finish(part, [{"row": i} for i in part])
   with pytest.raises(UserError, match="1 of 512 rows could not be used, the others are done"):
@@ -57,6 +62,52 @@ def test_another_job_is_refused(tmp_path):
     with pytest.raises(UserError, match=words):
       Parts(tmp_path, inputs, FACTS | facts)
   assert json.loads((tmp_path / "job.json").read_text()) == FACTS | {"inputs": 5}
+
+
+@pytest.mark.parametrize("content", ["[1]", "{"])
+def test_a_file_of_something_else_is_told(tmp_path, content):
+  (tmp_path / "job.json").write_text(content)
+  with pytest.raises(UserError, match=r"job\.json"):
+    Parts(tmp_path, 5, FACTS)
+
+
+_JOBS = """
+import functools, signal, sys, time
+import jax
+# JAX's own shutdown waits five minutes; here it has no patience.
+jax.distributed.initialize = functools.partial(jax.distributed.initialize, shutdown_timeout_seconds=1)
+from blip3o_jax import cli, commands
+from blip3o_jax.errors import Preempted
+from blip3o_jax.jobs.parts import Parts, closing
+signal.signal(signal.SIGTERM, cli._terminated)
+commands._start_job()
+try:
+  for seconds in (3, 30):
+    parts = Parts(f"{sys.argv[1]}/{seconds}", 2, {})
+    for part in parts.unfinished():
+      time.sleep(seconds * jax.process_index())
+      parts.finish(part, [{"row": i} for i in part])
+    print(closing(parts, "rows"), flush=True)
+except Preempted:
+  sys.exit(75)
+"""
+
+
+def test_the_first_of_two_processes_waits_for_the_last_unless_it_is_told_to_stop(tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    pod = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+  env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | pod
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  words = [sys.executable, "-c", _JOBS, str(tmp_path)]
+  processes = [subprocess.Popen(words, env=env | {"JAX_PROCESS_ID": str(i)}, **pipes) for i in range(2)]
+  for process in processes:  # all parts are there for both
+    assert process.stdout.readline() == f"{tmp_path / '3' / 'manifest.jsonl'}\n", process.stderr.read()
+  time.sleep(0.5)
+  for process in processes:
+    process.terminate()
+  said = [process.communicate(timeout=60) for process in processes]
+  assert [process.returncode for process in processes] == [75, 75], said
 
 
 def test_progress(monkeypatch, capsys):
