@@ -19,7 +19,7 @@ from blip3o_jax.inference import text as talking
 from blip3o_jax.inference.model import Model
 from blip3o_jax.models import flops, presets
 from blip3o_jax.models.blip3o import BACKBONES, Blip3o, Blip3oConfig
-from blip3o_jax.nn.stack import differentiated
+from blip3o_jax.nn.stack import written_out
 from blip3o_jax.porting.locate import open_model
 from blip3o_jax.sharding import rules
 from blip3o_jax.sharding.mesh import make_mesh
@@ -64,9 +64,9 @@ class Setup:
 def setup(preset: str = "", batch: int = 0) -> Setup:
   """The sizes of a preset, or those for a CPU, where a picture takes 6 + 6 steps rather than 30 + 50.
 
-  Backward passes compute the cheap again (`config.remat = "dots"`): on a CPU that is faster than to save everything.
+  Backward passes find everything saved on a CPU, where that is fastest; of the release's sizes, the products alone.
   """
-  cfg, dtype = presets.with_remat(sizes.architecture(preset), "dots"), sizes.dtype_of(preset)
+  cfg, dtype = presets.with_remat(sizes.architecture(preset), "dots" if preset else "none"), sizes.dtype_of(preset)
   if preset:
     return Setup(cfg, dtype, batch or 8)
   return Setup(cfg, dtype, batch or 2, steps=(6, 6))
@@ -97,7 +97,7 @@ def dit(on: Setup) -> Iterator[Case]:
   )
 
   def loss(params, condition, x, t):
-    with differentiated():  # as a training step
+    with written_out():  # as a training step
       return jnp.mean(jnp.square(velocity(params, x, t, condition).astype(jnp.float32)))
 
   gradient = jax.value_and_grad(loss, argnums=(0, 1))

@@ -19,26 +19,26 @@ REMAT_POLICIES = {
 }
 
 _SHALLOW = 16  # layers; deeper stacks take too long to compile one by one
-_differentiated = contextvars.ContextVar("differentiated", default=False)
+_wanted = contextvars.ContextVar("written_out", default=False)
 
 
 @contextlib.contextmanager
-def differentiated() -> Iterator[None]:
-  """What is traced in this context is for a gradient. On a CPU that is faster where the layers of a stack are written
-  out one after the other, since nothing is copied to and from stacked arrays; `scan_layers` does so for shallow stacks
-  that lie whole on every device. Forward passes gain nothing.
+def written_out() -> Iterator[None]:
+  """For tracing a gradient: on a CPU the layers of a shallow stack that lies whole on every device stand one after the
+  other in the program, so that nothing is copied to and from stacked arrays. Samplers gain nothing, and decoding token
+  by token loses by it.
   """
-  token = _differentiated.set(True)
+  token = _wanted.set(True)
   try:
     yield
   finally:
-    _differentiated.reset(token)
+    _wanted.reset(token)
 
 
-def _written_out(length: int) -> bool:
+def _is_written_out(length: int) -> bool:
   shape = jax.sharding.get_abstract_mesh().shape
   whole = all(shape.get(axis, 1) == 1 for axis in ("fsdp", "tensor"))
-  return _differentiated.get() and length <= _SHALLOW and whole and target_platform() == "cpu"
+  return _wanted.get() and length <= _SHALLOW and whole and target_platform() == "cpu"
 
 
 def rematted(block: type[nn.Module], remat: str) -> type[nn.Module]:
@@ -68,7 +68,7 @@ def scan_layers(block: type[nn.Module], length: int, *, remat: str = "none", in_
     variable_axes={"params": 0, "intermediates": 0},
     split_rngs={"params": True},
     length=length,
-    unroll=length if _written_out(length) else 1,
+    unroll=length if _is_written_out(length) else 1,
     in_axes=in_axes,
     out_axes=out_axes,
     metadata_params={nn.PARTITION_NAME: "layers"},

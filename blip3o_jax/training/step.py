@@ -10,7 +10,7 @@ import optax
 from ml_collections import ConfigDict
 
 from blip3o_jax.models.blip3o import Blip3o
-from blip3o_jax.nn.stack import differentiated
+from blip3o_jax.nn.stack import written_out
 from blip3o_jax.sharding import rules
 from blip3o_jax.training import optimizers, state
 from blip3o_jax.training.state import TrainState
@@ -50,7 +50,7 @@ def make_step(
     return jax.lax.scan(add, zero, (jnp.arange(parts), parted), unroll=unroll)[0]
 
   def step(old: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-    with nn.logical_axis_rules(rules.RULES), differentiated():
+    with nn.logical_axis_rules(rules.RULES), written_out():
       # A function of (seed, step) alone, so that a resumed run draws the same numbers.
       rng = jax.random.fold_in(streams(config.seed)[1], old.step)
       (total, sums), grads = accumulated(old.trained, frozen, batch, rng)

@@ -8,7 +8,7 @@ import pytest
 from helpers import relative_error
 
 from blip3o_jax.nn.linear import Dense
-from blip3o_jax.nn.stack import differentiated, scan_layers
+from blip3o_jax.nn.stack import scan_layers, written_out
 from blip3o_jax.sharding.mesh import AXES
 
 
@@ -37,7 +37,7 @@ def gradient(layers, written_out):
   def loss(params):
     if not written_out:
       return jnp.sum(jnp.sin(Stack(layers).apply({"params": params}, X)))
-    with differentiated():
+    with written_out():
       return jnp.sum(jnp.sin(Stack(layers).apply({"params": params}, X)))
 
   compiled = jax.jit(jax.grad(loss)).lower(params).compile()
@@ -57,7 +57,7 @@ def test_layers_of_a_gradient_are_written_out():
 def test_only_where_every_cpu_device_has_the_whole(shape, kind, unroll):
   """Where layers are cut up they would be sent one by one, and a TPU gains by short programs."""
   device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform=kind[:3].lower())
-  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(shape, AXES, abstract_device=device)), differentiated():
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(shape, AXES, abstract_device=device)), written_out():
     jaxpr = jax.make_jaxpr(lambda x: Stack(3).init_with_output(jax.random.key(0), x)[0])(X)
   (scan,) = [e for e in jaxpr.eqns if e.primitive.name == "scan"]
   assert scan.params["unroll"] == unroll
