@@ -97,7 +97,7 @@ def dit(on: Setup) -> Iterator[Case]:
   )
 
   def loss(params, condition, x, t):
-    with written_out():  # as a training step
+    with written_out(gradient=True):  # as a training step
       return jnp.mean(jnp.square(velocity(params, x, t, condition).astype(jnp.float32)))
 
   gradient = jax.value_and_grad(loss, argnums=(0, 1))

@@ -11,6 +11,7 @@ import numpy as np
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.text_decoder import text_positions
+from blip3o_jax.nn.stack import for_loop, written_out
 
 _MOST_TOKENS = 32768  # of an answer: the context that Qwen2.5-VL was trained with
 
@@ -107,9 +108,13 @@ def _begin(model, params, tokens, mask, positions, vision, keys, settings, *, ne
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("carry",))
 def _advance(model, params, carry, keys, settings, limit):
   """Token by token until there are `limit`, or all rows have ended."""
-  call = lambda *args, method: model.apply({"params": params}, *args, method=method)
+  with written_out():
+    parts, whole = for_loop(params)
 
+  @written_out()
   def body(carry):
+    params = whole(parts)
+    call = lambda *args, method: model.apply({"params": params}, *args, method=method)
     i, start, cache, state = carry
     token = jax.lax.dynamic_slice_in_dim(state["tokens"], i - 1, 1, 1)
     position = jnp.broadcast_to((start + i - 1)[:, None, None], (len(start), 3, 1))

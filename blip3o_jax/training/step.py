@@ -50,7 +50,7 @@ def make_step(
     return jax.lax.scan(add, zero, (jnp.arange(parts), parted), unroll=unroll)[0]
 
   def step(old: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-    with nn.logical_axis_rules(rules.RULES), written_out():
+    with nn.logical_axis_rules(rules.RULES), written_out(gradient=True):
       # A function of (seed, step) alone, so that a resumed run draws the same numbers.
       rng = jax.random.fold_in(streams(config.seed)[1], old.step)
       (total, sums), grads = accumulated(old.trained, frozen, batch, rng)

@@ -1,5 +1,7 @@
 """Stacks of layers: written out for a gradient on a CPU, a loop everywhere else."""
 
+import contextlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 from helpers import relative_error
 
 from blip3o_jax.nn.linear import Dense
-from blip3o_jax.nn.stack import scan_layers, written_out
+from blip3o_jax.nn.stack import for_loop, scan_layers, written_out
 from blip3o_jax.sharding.mesh import AXES
 
 
@@ -22,33 +24,51 @@ class Block(nn.Module):
 
 class Stack(nn.Module):
   layers: int
+  remat: str = "none"
 
   @nn.compact
   def __call__(self, x):
-    return scan_layers(Block, self.layers)(8)(x)[0]
+    return scan_layers(Block, self.layers, remat=self.remat)(8, name="layers")(x)[0]
 
 
 X = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
 
 
-def gradient(layers, written_out):
-  params = nn.unbox(Stack(layers).init(jax.random.key(0), X)["params"])
+def gradient(layers, context, remat="none"):
+  """(loops of the compiled program, the gradient)"""
+  params = nn.unbox(Stack(layers, remat).init(jax.random.key(0), X)["params"])
 
   def loss(params):
-    if not written_out:
-      return jnp.sum(jnp.sin(Stack(layers).apply({"params": params}, X)))
-    with written_out():
-      return jnp.sum(jnp.sin(Stack(layers).apply({"params": params}, X)))
+    with context:
+      return jnp.sum(jnp.sin(Stack(layers, remat).apply({"params": params}, X)))
 
   compiled = jax.jit(jax.grad(loss)).lower(params).compile()
   return compiled.as_text().count(" while("), compiled(params)
 
 
 def test_layers_of_a_gradient_are_written_out():
-  (loops, expected), (none, found) = gradient(3, False), gradient(3, True)
+  (loops, expected), (none, found) = gradient(3, contextlib.nullcontext()), gradient(3, written_out(gradient=True))
   assert loops >= 2 and none == 0
   assert jax.tree.all(jax.tree.map(lambda a, b: relative_error(a, b) < 1e-5, found, expected))
-  assert gradient(17, True)[0] >= 2  # deep: it would take too long to compile
+  assert gradient(17, written_out(gradient=True))[0] >= 2  # deep: it would take too long to compile
+  assert gradient(3, written_out(gradient=True), "full")[0] >= 2
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_loop_copies_no_layers(remat):
+  params = nn.unbox(Stack(3, remat).init(jax.random.key(0), X)["params"])
+
+  def run(params, apart):
+    with written_out() if apart else contextlib.nullcontext():
+      parts, whole = for_loop(params)
+      step = lambda i, x: Stack(3, remat).apply({"params": whole(parts)}, jnp.sin(x))
+      return jax.lax.fori_loop(0, 5, step, X)
+
+  plain, apart = (jax.jit(run, static_argnums=1).lower(params, apart).compile() for apart in (False, True))
+  carried = lambda compiled: [line for line in compiled.as_text().splitlines() if " while(" in line][-1]
+  assert "[3,8,8]" in carried(plain) and "[3,8,8]" not in carried(apart)
+  assert "dynamic-slice" not in apart.as_text() and "concatenate" not in apart.as_text()
+  assert relative_error(apart(params), plain(params)) < 1e-5
 
 
 @pytest.mark.parametrize(
