@@ -205,6 +205,7 @@ def test_floats_go_in_as_float32(small):
   assert [rec.input(name).dtype for name in ("x", "half", "ids")] == [np.float32, np.float32, np.int64]
 
 
+@pytest.mark.slow
 def test_several_pictures_of_one_condition(tmp_path):
   """Each condition with two starts, as num_images_per_prompt = 2 records them (spec 3.3)."""
   copy = tmp_path / "flow"
