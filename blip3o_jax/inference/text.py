@@ -108,8 +108,7 @@ def _begin(model, params, tokens, mask, positions, vision, keys, settings, *, ne
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("carry",))
 def _advance(model, params, carry, keys, settings, limit):
   """Token by token until there are `limit`, or all rows have ended."""
-  with written_out():
-    parts, whole = for_loop(params)
+  parts, whole = for_loop(params)
 
   @written_out()
   def body(carry):

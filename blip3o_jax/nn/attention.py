@@ -98,17 +98,18 @@ def _some_rows_at_a_time(q, k, v, mask, causal: bool, segments: Segments | None,
   slots = k.shape[1]
   blocks = -(-length * b * heads * slots // _LOGITS)
   rows = -(-length // blocks)
+
+  def of_queries(change):
+    """What has a row for every query, changed along that axis, and the rest as it is."""
+    seen = change(mask, 2) if mask is not None and mask.shape[2] > 1 else mask
+    return change(q, 1), seen, segments and (change(segments[0], 1), segments[1])
+
   pad = lambda x, axis: jnp.pad(x, [(0, blocks * rows - length if i == axis else 0) for i in range(x.ndim)])
-  q = pad(q, 1)
-  mask = pad(mask, 2) if mask is not None and mask.shape[2] > 1 else mask
-  segments = None if segments is None else (pad(segments[0], 1), segments[1])
+  q, mask, segments = of_queries(pad)
 
   @jax.checkpoint
   def some(first):
-    take = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, first, rows, axis)
-    part = take(q, 1)
-    seen = take(mask, 2) if mask is not None and mask.shape[2] > 1 else mask
-    numbers = None if segments is None else (take(segments[0], 1), segments[1])
+    part, seen, numbers = of_queries(lambda x, axis: jax.lax.dynamic_slice_in_dim(x, first, rows, axis))
     seen = dense_mask(part, k, seen, causal, numbers, first=slots - length + first)
     return plain_attention(part, k, v, seen, scale=scale)
 

@@ -55,7 +55,8 @@ def for_loop(params: Params) -> tuple[Any, Callable[[Any], Params]]:
   layer = lambda tree, i: jax.lax.optimization_barrier(jax.tree.map(lambda x: x[i], tree))
   apart = lambda tree: [layer(tree, i) for i in range(_depth(tree))]
   together = lambda trees: jax.tree.map(lambda *layers: jnp.stack(layers), *trees)
-  parts = _each_stack(params, lambda tree: apart(tree) if _is_written_out(_depth(tree)) else tree)
+  with written_out():
+    parts = _each_stack(params, lambda tree: apart(tree) if _is_written_out(_depth(tree)) else tree)
   return parts, lambda parts: _each_stack(parts, lambda tree: together(tree) if isinstance(tree, list) else tree)
 
 

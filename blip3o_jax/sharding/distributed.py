@@ -108,6 +108,11 @@ def wait_for_all() -> None:
     raise failed[0]
 
 
+def everyone(value: int | bool) -> np.ndarray:
+  """The number that each process gives, [processes] in their order; all of them call this."""
+  return multihost_utils.process_allgather(np.asarray(value)).reshape(-1)
+
+
 def whole(x: jax.Array | np.ndarray) -> np.ndarray:
   """The whole of an array that may lie on the devices of several processes; all of them call this."""
   if isinstance(x, jax.Array) and not x.is_fully_addressable:

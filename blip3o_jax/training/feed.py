@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -22,6 +21,7 @@ from blip3o_jax.models.blip3o import Blip3oConfig
 from blip3o_jax.porting.locate import open_model
 from blip3o_jax.porting.preprocessor import default_preprocessor, open_pictures
 from blip3o_jax.porting.source import Source
+from blip3o_jax.sharding import distributed
 from blip3o_jax.sharding.mesh import reader
 from blip3o_jax.types import Batch
 
@@ -54,7 +54,7 @@ def open_loader(
 def _agree(sizes: list[dict[str, int]], error: UserError | None) -> None:
   """Raise on every process if one has no data or other data: left alone, the rest would wait for it for ever."""
   seen = np.uint32(0 if error else zlib.crc32(repr([list(size.values()) for size in sizes]).encode()) | 1)
-  everyone = multihost_utils.process_allgather(seen).reshape(-1) if jax.process_count() > 1 else np.array([seen])
+  everyone = distributed.everyone(seen)
   if error:
     raise error
   if lacking := np.flatnonzero(everyone == 0).tolist():

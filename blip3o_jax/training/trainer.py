@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -222,7 +221,7 @@ def _require_shared(workdir: epath.Path) -> None:
   if jax.process_count() == 1:
     return
   distributed.barrier("the working directory")
-  seen = multihost_utils.process_allgather(np.asarray((workdir / "config.json").exists())).reshape(-1)
+  seen = distributed.everyone((workdir / "config.json").exists())
   if lacking := np.flatnonzero(~seen).tolist():
     raise UserError(f"processes {lacking} do not see {workdir} of process 0; give a disk that all share, or gs://...")
 

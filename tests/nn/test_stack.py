@@ -59,8 +59,8 @@ def test_a_loop_copies_no_layers(remat):
   params = nn.unbox(Stack(3, remat).init(jax.random.key(0), X)["params"])
 
   def run(params, apart):
+    parts, whole = for_loop(params) if apart else (params, lambda parts: parts)
     with written_out() if apart else contextlib.nullcontext():
-      parts, whole = for_loop(params)
       step = lambda i, x: Stack(3, remat).apply({"params": whole(parts)}, jnp.sin(x))
       return jax.lax.fori_loop(0, 5, step, X)
 
