@@ -221,7 +221,6 @@ def bench_parts(args: argparse.Namespace) -> None:
 
 def bench_curves(args: argparse.Namespace) -> None:
   """Time against batch, depth, length and devices, as a plot with the slopes named."""
-  _start_jax()
   from blip3o_jax.benchmarks import curves
 
   curves.run(preset=args.preset, out=_file(args))

@@ -8,6 +8,10 @@ import jax
 import pytest
 from helpers import load_golden
 
+from blip3o_jax.cli import prepare_jax
+
+prepare_jax()  # what the commands compile, tests compile
+
 # Recordings were made in float32; a back end that rounds matmul inputs to bf16 would miss every bar. Through the
 # environment as well, so that the processes tests start agree.
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")

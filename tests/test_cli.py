@@ -11,6 +11,7 @@ import time
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -352,6 +353,30 @@ def test_nothing_is_said_of_accelerators_that_are_not_there():
   words = ["generate", "--model", "micro", "--prompt", "a", "--out", "o", "--fsdp", "64"]
   done = subprocess.run([sys.executable, "-m", "blip3o_jax", *words], env=env, capture_output=True, text=True)
   assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "fsdp=64" in done.stderr
+
+
+_CONVOLUTION = """
+from blip3o_jax.cli import prepare_jax
+prepare_jax()
+prepare_jax()
+import jax, jax.numpy as jnp, os
+ones = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+convolve = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+compiled = jax.jit(convolve).lower(ones(2, 32, 32, 64), ones(3, 3, 64, 64)).compile()
+print("ynn_fusion" in compiled.as_text(), os.environ.get("XLA_FLAGS", "").count("ynn_fusion"))
+"""
+
+
+@pytest.mark.parametrize(
+  ("flags", "printed"),
+  [("", "False 1"), ("--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION", "True 1")],
+)
+def test_convolutions_on_a_cpu_are_xlas_own_unless_the_user_decides(flags, printed):
+  if not jax.__version__.startswith("0.10."):
+    pytest.skip("the flag is given to the XLA of jax 0.10 alone")
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+  done = subprocess.run([sys.executable, "-c", _CONVOLUTION], env=env, capture_output=True, text=True)
+  assert done.stdout.strip() == printed, done.stderr
 
 
 def test_data_in_one_process_each(tmp_path):

@@ -3,12 +3,14 @@ with the slopes named.
 
 Both axes are logarithms, in multiples of the first point: slope 1 is time in proportion; below 1 there is something to
 gain from more at once; above 1 something is quadratic. Of devices, which share one batch, -1 is all that can be had; on
-a CPU they are simulated, as in training, and share its cores, all of which one device uses as well: 0 loses nothing.
+a CPU they are simulated, one a core, and share its cores, all of which one device uses as well: 0 loses nothing.
 """
 
+import contextlib
 import dataclasses
 import html
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ def run(*, preset: str = "", rounds: int = 3, points: int = 4, out: Path | None 
   Args:
     preset: a key of sizes.REAL; "": sizes for a CPU. points: of a curve, each twice the one before.
   """
+  with contextlib.suppress(RuntimeError):  # the back end runs already: keep what it has
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
   on, curves = parts.setup(preset), {}
   for name, cases in _curves(on, points).items():
     sizes_, seconds = [], []

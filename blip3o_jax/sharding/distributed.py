@@ -19,8 +19,6 @@ def start() -> None:
 
   Several processes: joined when JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, in a SLURM step
   of more than one task, on a TPU pod of more than one host, or where BLIP3O_DISTRIBUTED=1 says so.
-  One process on a CPU: as many simulated devices as cores, since one device leaves most of them idle (a convolutional
-  training step on two cores ran twice as fast on two devices).
 
   Raises:
     UserError: the coordinator cannot be reached.
@@ -39,23 +37,12 @@ def start() -> None:
       )
     elif slurm or pod:
       jax.distributed.initialize(initialization_timeout=300)
-    else:
-      _use_all_cores()
     _spare_threads()
   except KeyError as error:
     raise UserError(f"{_COORDINATOR} is set but {error.args[0]} is not; set all three or none") from error
   except (RuntimeError, ValueError) as error:  # nobody there, or numbers that are none
     where = explicit or "the coordinator found by JAX"
     raise UserError(f"could not join the other processes at {where}: {str(error).splitlines()[0]}") from error
-
-
-def _use_all_cores() -> None:
-  if jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-    return  # somebody decided already
-  try:
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
-  except RuntimeError:  # the back end runs already: a notebook or a test; keep what it has
-    pass
 
 
 def _spare_threads() -> None:

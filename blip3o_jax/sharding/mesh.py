@@ -28,8 +28,8 @@ def make_mesh(
     sizes: devices along each axis; -1 (one axis at most) takes the rest, 0 for `slice` is as many slices as the devices
       say they are of. Default: everything on `data`.
     batch_size: global batch, 0 if unknown. Each of its `parts` (accumulated one after the other) must divide over
-      slice * data * fsdp. Simulated CPU devices are there for speed alone, so on one CPU process the rest is as many
-      of them as divide the batch.
+      slice * data * fsdp. Simulated devices cost nothing, so in one CPU process some may be left over, and the
+      rest is as many as divide the batch.
     devices: all devices of all processes by default; those of a described topology do as well.
 
   Raises:

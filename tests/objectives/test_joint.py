@@ -44,8 +44,9 @@ def test_the_sum_of_both_means():
   (value, (rows, sums)), grads = run(joint)(params, both, weights)
   model = tiny.model(**tiny.VARIANTS[VARIANT])
   settings = {"prefix_pass": False}
-  drawn = generation.loss(params, both["generation"], jax.random.key(0), model=model, cfg=settings)
-  said = understanding.loss(params, both["understanding"], jax.random.key(0), model=model, cfg={})
+  alone = lambda objective, cfg: tiny.quick_jit(functools.partial(objective.loss, model=model, cfg=cfg))
+  drawn = alone(generation, settings)(params, both["generation"], jax.random.key(0))
+  said = alone(understanding, {})(params, both["understanding"], jax.random.key(0))
   assert rows == 5 and drawn[1] == 3 and said[1] == 5
   np.testing.assert_allclose(value, 2.0 * drawn[0] / 3 + 0.5 * said[0] / 5, rtol=1e-4)
   np.testing.assert_allclose(sums["generation"] / rows, drawn[0] / 3, rtol=1e-4)

@@ -75,6 +75,7 @@ def test_eight_devices(tmp_path):
   assert "Involuntary full rematerialization" not in done.stderr
 
 
+@pytest.mark.slow
 def test_muon_is_spread_over_the_layers(tmp_path):
   """Each device keeps the momentum of some layers and does the products of these alone; the losses stay the same."""
   muon = {"steps": 5, "optimizer": {"name": "muon"}}
