@@ -80,12 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare_jax() -> None:
   """What JAX finds in its environment when it starts, where the user has not decided."""
+  none = not any(map(glob.glob, _ACCELERATORS))
   # libtpu is the planner's compiler. Where it is installed JAX looks for a TPU, and it complains if there is none.
-  if importlib.util.find_spec("libtpu") and not any(map(glob.glob, _ACCELERATORS)):
+  if none and importlib.util.find_spec("libtpu"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  if not none and os.environ.get("JAX_PLATFORMS") != "cpu":
+    return
   # On a CPU the XLA of jax 0.10 gives convolutions to a library that is slower than its own code: 1.1 to 1.3 times, and
-  # up to 4 for the gradients of kernels (two cores; products are faster there). Another XLA may not know this flag, and
-  # would end the process.
+  # up to 4 for the gradients of kernels (two cores; products are faster there). Another XLA, such as that of a TPU's
+  # driver, may not know this flag, and would end the process.
   flags = os.environ.get("XLA_FLAGS", "")
   if importlib.metadata.version("jaxlib").startswith("0.10.") and _CONVOLUTIONS.partition("=")[0] not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} {_CONVOLUTIONS}".strip()

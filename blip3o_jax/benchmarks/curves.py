@@ -32,8 +32,9 @@ def run(*, preset: str = "", rounds: int = 3, points: int = 4, out: Path | None 
   Args:
     preset: a key of sizes.REAL; "": sizes for a CPU. points: of a curve, each twice the one before.
   """
-  with contextlib.suppress(RuntimeError):  # the back end runs already: keep what it has
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+  if jax.config.jax_num_cpu_devices < 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    with contextlib.suppress(RuntimeError):  # the back end runs already: keep what it has
+      jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
   on, curves = parts.setup(preset), {}
   for name, cases in _curves(on, points).items():
     sizes_, seconds = [], []
