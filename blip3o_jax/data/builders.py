@@ -41,6 +41,10 @@ class DataConfig:
     for field, known in (("resize", transforms.MODES), ("form", templates.FORMS), ("wording", templates.WORDINGS)):
       if (value := getattr(self, field)) not in known:
         raise UserError(f"data.{field} {value!r} is unknown; choose one of {', '.join(known)}")
+    if not isinstance(self.sources, Mapping):
+      raise UserError(f"data.sources is {self.sources!r}; give the fields of each source by its name")
+    if not isinstance(self.buckets, list | tuple) or not all(isinstance(length, int) for length in self.buckets):
+      raise UserError(f"data.buckets is {self.buckets!r}; give a list of lengths")
     lengths = (0, *self.buckets, self.max_length)
     if any(a >= b for a, b in zip(lengths, lengths[1:], strict=False)):
       raise UserError(f"data.buckets {self.buckets} must rise and stay below max_length {self.max_length}")

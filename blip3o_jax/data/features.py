@@ -14,13 +14,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import grain
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
 import msgpack
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from blip3o_jax.data import files
 from blip3o_jax.data.outputs import differences, remove_stale, replacing, write_atomically
+from blip3o_jax.data.records import open_records
 from blip3o_jax.data.vision import CLIP_MEAN, CLIP_STD
 from blip3o_jax.errors import UserError
 
@@ -74,11 +75,11 @@ class Manifest:
 def read_manifest(directory: str | os.PathLike) -> Manifest:
   """The manifest of a directory of features. Raises UserError if there is none, or it cannot be read."""
   path = Path(directory, MANIFEST)
+  if not path.exists():
+    raise UserError(f"no cached features at {directory}; make them with `blip3o data cache-features`")
   try:
-    fields = json.loads(path.read_text())
+    fields = json.loads(files.read(os.fspath(path)))
     return Manifest(**fields | {"shape": tuple(fields["shape"])})
-  except FileNotFoundError:
-    raise UserError(f"no cached features at {directory}; make them with `blip3o data cache-features`") from None
   except (ValueError, TypeError, KeyError) as error:
     raise UserError(f"{path} is damaged ({error}); cache the features again, into another folder") from None
 
@@ -132,7 +133,8 @@ class FeatureSource:
       )
     # With their sizes given, no file is opened before it is needed.
     sized = [f"{path}[0:{len(rows)}]" for path, (_, rows) in zip(self._paths, self.manifest.shards, strict=True)]
-    self._records = grain.sources.ArrayRecordDataSource(sized)
+    files.keep_open(len(sized))
+    self._records = open_records(sized)
 
   def __len__(self) -> int:
     return self.manifest.samples

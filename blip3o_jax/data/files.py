@@ -8,9 +8,10 @@ import errno
 import glob
 import os
 import re
+import resource
 import time
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, TypeVar
 
 import fsspec
 from etils import epath
@@ -21,6 +22,8 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _WAITS = (0.1, 0.5, 2.0, 8.0)  # seconds before a read that failed is tried again
 _LASTING = (UserError, ImportError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_OTHERS = 256  # files that a process has open beside its data
+T = TypeVar("T")
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -71,60 +74,71 @@ def _glob(path: str) -> list[str]:
   with reading(path):
     if glob.has_magic(path):
       folder, _, pattern = path.rpartition("/")
-      return [os.fspath(match) for match in epath.Path(folder).glob(pattern)]
-    return [path] * epath.Path(path).exists()
+      return patiently(path, lambda: [os.fspath(match) for match in epath.Path(folder).glob(pattern)])
+    return [path] * patiently(path, lambda: epath.Path(path).exists())
 
 
 def listing(folder: str) -> list[str]:
   """Names of what lies in a folder, sorted; hidden ones left out."""
   with reading(folder):
-    return sorted(child.name for child in epath.Path(folder).iterdir() if not child.name.startswith("."))
+    names = patiently(folder, lambda: [child.name for child in epath.Path(folder).iterdir()])
+  return sorted(name for name in names if not name.startswith("."))
 
 
 def is_folder(path: str) -> bool:
   """Whether there is a folder at a path."""
   with reading(path):
-    return epath.Path(path).is_dir()
+    return patiently(path, lambda: epath.Path(path).is_dir())
 
 
-def stream(path: str) -> BinaryIO:
-  """A file open for reading from its start to its end, in bytes."""
-  return fsspec.open(path, "rb", cache_type="readahead").open() if is_remote(path) else open(path, "rb")
+def scan(path: str, use: Callable[[BinaryIO], T]) -> T:
+  """What `use` makes of a file that is open for reading from its start to its end, in bytes."""
+
+  def once():
+    with _bucket(path).open(path, cache_type="readahead") if is_remote(path) else open(path, "rb") as stream:
+      return use(stream)
+
+  with reading(path):
+    return patiently(path, once)
 
 
 def stamp(path: str) -> tuple[int, int]:
   """(bytes, time of the last change): a file that has the same two is taken for the same file."""
   with reading(path):
     if is_remote(path):
-      stat = epath.Path(path).stat()
+      stat = patiently(path, lambda: epath.Path(path).stat())
       return stat.length, stat.mtime
-    stat = os.stat(path)
+    stat = patiently(path, lambda: os.stat(path))
     return stat.st_size, stat.st_mtime_ns
 
 
 def read(path: str, offset: int = 0, size: int | None = None) -> bytes:
   """`size` bytes from `offset` (all that follow). Opens and closes: thousands of shards must not mean as many handles.
 
-  Trouble that may pass is waited for, some ten seconds: taken for a bad sample it would change the order of the data.
-
   Raises:
     UserError: the file is not there, cannot be read, or is shorter than that.
   """
   with reading(path):
-    for wait in _WAITS:
-      try:
-        return _read(path, offset, size)
-      except Exception as error:
-        if not _may_pass(error, path):
-          raise
-        time.sleep(wait)
-    return _read(path, offset, size)
+    return patiently(path, lambda: _read(path, offset, size))
+
+
+def patiently(path: str, call: Callable[[], T]) -> T:
+  """What `call` reads of a path. Trouble that may pass is waited for, some ten seconds, and `call` is called again:
+  taken for a bad sample it would change the order of the data. What stays is raised as it is, see `reading`."""
+  for wait in _WAITS:
+    try:
+      return call()
+    except Exception as error:
+      if not _may_pass(error, path):
+        raise
+    time.sleep(wait)
+  return call()
 
 
 def _read(path: str, offset: int, size: int | None) -> bytes:
   if is_remote(path):
     end = None if size is None else offset + size
-    content = fsspec.filesystem(path.partition("://")[0]).cat_file(path, offset, end)
+    content = _bucket(path).cat_file(path, offset, end)
   else:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -137,10 +151,30 @@ def _read(path: str, offset: int, size: int | None) -> bytes:
   return content
 
 
+def _bucket(path: str) -> fsspec.AbstractFileSystem:
+  return fsspec.filesystem(path.partition("://")[0])
+
+
 def _may_pass(error: Exception, path: str) -> bool:
   """Whether a network or its file system may only have had a bad moment."""
   lasting = isinstance(error, _LASTING) or getattr(error, "errno", None) == errno.ENAMETOOLONG
   return not lasting and (isinstance(error, OSError) or is_remote(path))
+
+
+def keep_open(count: int) -> None:
+  """Make room for so many more files that stay open: many systems start a process with 1024, and let it ask for more.
+
+  Raises:
+    UserError: the system does not grant so many.
+  """
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  soft, hard = (1 << 30 if limit == resource.RLIM_INFINITY else limit for limit in limits)
+  if count + _OTHERS > hard:
+    raise UserError(
+      f"{count} files of data have to stay open, this system allows a process {hard} in all; raise its limit "
+      "(ulimit -Hn), or make fewer and larger files"
+    )
+  resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + count, hard), limits[1]))
 
 
 class reading:

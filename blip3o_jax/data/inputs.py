@@ -48,7 +48,7 @@ class PromptFile:
       line = file.read(size)
     try:
       row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise UserError(f"{self.where}: line {number} is not JSON: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
       raise UserError(f'{self.where}: line {number} is not a row of {{"prompt": text}}')

@@ -6,13 +6,19 @@ within a sample or so; every source goes through its own samples once an epoch, 
 """
 
 import bisect
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import grain
 import numpy as np
 
 from blip3o_jax.data.sources import Source
 from blip3o_jax.errors import UserError
+
+
+def _is_weight(value: Any) -> bool:
+  return isinstance(value, int | float) and 0 <= value < math.inf
 
 
 class Mixture:
@@ -23,13 +29,13 @@ class Mixture:
     weights: of each; 0 = its number of samples. All zero: as if the sources were concatenated and shuffled.
 
   Raises:
-    UserError: a negative weight.
+    UserError: a weight that is none.
   """
 
   def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float]):
     self.names, self._sources = list(sources), list(sources.values())
-    if bad := [name for name in self.names if weights[name] < 0]:
-      raise UserError(f"data source {bad[0]} has weight {weights[bad[0]]}; a weight is at least 0 (its size)")
+    if bad := [name for name in self.names if not _is_weight(weights[name])]:
+      raise UserError(f"data source {bad[0]} has weight {weights[bad[0]]!r}; a weight is a number from 0 (its size) on")
     self._starts = np.cumsum([0] + [len(source) for source in self._sources]).tolist()
     total = [weights[name] or len(sources[name]) for name in self.names]
     self.shares = {name: weight / sum(total) for name, weight in zip(self.names, total, strict=True)}

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
@@ -27,6 +27,7 @@ from blip3o_jax.errors import UserError
 _log = logging.getLogger(__name__)
 _REPLACEMENTS = 16  # so many bad samples in a row are no accident
 _CHUNK = 16  # rows read at once, at most
+_DEATHS = 3  # of worker processes before a batch has come
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +51,7 @@ class Reading:
     object.__setattr__(self, "threads", self.threads or (1 if self.workers else 2))
 
 
-def make_loader(cfg, **settings) -> Iterator[dict[str, Any]]:
-  """An iterator over `make_dataset(cfg, **settings)`."""
-  return iter(make_dataset(cfg, **settings))
-
-
-def make_dataset(
+def make_loader(
   cfg: Mapping[str, Any],
   *,
   batch_size: int,
@@ -65,7 +61,7 @@ def make_dataset(
   process_count: int = 1,
   tokenizer=None,
   pictures: Pictures | None = None,
-) -> grain.IterDataset:
+) -> "Batches":
   """Endless batches of this process, from step `start_step` on (any start costs the same).
 
   Args:
@@ -75,7 +71,7 @@ def make_dataset(
     pictures: what prepares them for the understanding tower; conversations need it.
 
   Returns:
-    An endless Grain dataset of dicts with the keys of the task (DESIGN part 3), each [B / process_count, ...],
+    An endless iterator over dicts with the keys of the task (DESIGN part 3), each [B / process_count, ...],
     `replaced` [B / process_count] bool, and with tokens `cut` [B / process_count] int32: how many did not fit.
     With groups: of such dicts by name of group, each with its part of the rows.
 
@@ -99,8 +95,10 @@ def parse(cfg: Mapping[str, Any]) -> tuple[dict[str, DataConfig], Reading]:
   if "groups" not in rest:
     return {"": _fields(DataConfig, rest, "data")}, reading
   groups = rest.pop("groups")
-  if rest or not groups:
-    raise UserError(f"data config with groups holds {', '.join(rest) or 'none'} beside them; put it into the groups")
+  if not isinstance(groups, Mapping) or not groups:
+    raise UserError(f"data.groups is {groups!r}; give the fields of each group by its name")
+  if rest:
+    raise UserError(f"data config with groups holds {', '.join(rest)} beside them; put it into the groups")
   configs = {name: _fields(DataConfig, group, f"data.groups.{name}") for name, group in groups.items()}
   if any(config.buckets for config in configs.values()):
     raise UserError("data.groups cannot have buckets: their lengths would have to be agreed group by group")
@@ -125,7 +123,9 @@ def _fields(kind, values: Mapping[str, Any], where: str):
 def open_groups(
   configs: Mapping[str, DataConfig], batch_size: int, seed: int, process_count: int = 1, **tools
 ) -> list["Group"]:
-  """The sources, order and builder of every group; `tools`, the result's errors: see make_dataset, make_builder."""
+  """The sources, order and builder of every group; `tools`, the result's errors: see make_loader, make_builder."""
+  if not isinstance(seed, int) or seed < 0:
+    raise UserError(f"seed is {seed!r}; the order of the data takes a whole number from 0 on")
   groups, first = [], seed
   for (name, config), rows in zip(configs.items(), split_rows(configs, batch_size, process_count), strict=True):
     mixture = open_mixture(config)
@@ -137,8 +137,52 @@ def open_groups(
   return groups
 
 
-def read(groups: list["Group"], reading: Reading, start_step: int, process_index: int) -> grain.IterDataset:
-  """The batches of opened groups, see make_dataset."""
+def read(groups: list["Group"], reading: Reading, start_step: int, process_index: int) -> "Batches":
+  """The batches of opened groups, see make_loader."""
+  return Batches(lambda step: _dataset(groups, reading, step, process_index), start_step)
+
+
+class Batches:
+  """Iterator over batches from a step on.
+
+  Where a worker process dies (the system kills one when memory is short), others go on from the batch that is due: the
+  position is one integer.
+
+  Args:
+    read: from a step to the batches from there on.
+  """
+
+  def __init__(self, read: Callable[[int], grain.IterDataset], step: int):
+    self._read, self._step, self._batches = read, step, iter(read(step))
+
+  def __iter__(self) -> "Batches":
+    return self
+
+  def __next__(self) -> dict[str, Any]:
+    """Raises UserError for what is wrong with the data, or where workers die again and again."""
+    for _ in range(_DEATHS):
+      try:
+        batch = next(self._batches)
+      except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+          raise
+        died = str(error)
+        _log.warning("reading goes on with new worker processes: %s", died)
+        self.close()
+        self._batches = iter(self._read(self._step))
+      else:
+        self._step += 1
+        return batch
+    raise UserError(
+      f"worker processes die again and again, perhaps for want of memory; take fewer data.workers ({died})"
+    )
+
+  def close(self) -> None:
+    """End the threads and processes that read."""
+    self._batches.close()
+
+
+def _dataset(groups: list["Group"], reading: Reading, start_step: int, process_index: int) -> grain.IterDataset:
   # The unit is a chunk of rows, not a row: what Grain and the way between processes cost is paid once for all of them.
   rows = _chunk_rows(groups)
   chunks = _Chunks(groups, rows, start_step, process_index, {} if reading.cache else None)

@@ -10,14 +10,14 @@ import bisect
 import dataclasses
 import json
 import os
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
-import grain
 import msgpack
 import numpy as np
 
 from blip3o_jax.data import files
 from blip3o_jax.data.features import MANIFEST, FeatureSource
+from blip3o_jax.data.records import Records, open_records
 from blip3o_jax.data.tars import TarSource
 from blip3o_jax.errors import UserError
 
@@ -54,6 +54,10 @@ class SourceConfig:
   text: str = ""
   root: str = ""
   split: str = "train"
+
+  def __post_init__(self):
+    if not isinstance(self.path, str | list | tuple) or not all(isinstance(x, str | os.PathLike) for x in self.path):
+      raise UserError(f"data path {self.path!r} is none; give a path, or a list of these")
 
   @property
   def paths(self) -> list[str]:
@@ -148,7 +152,7 @@ class JsonlSource:
 
   def __init__(self, paths: list[str], cfg: SourceConfig = SourceConfig()):
     self.paths, self._cfg = paths, cfg
-    self._starts = [_line_starts(path) for path in paths]  # 8 bytes a row
+    self._starts = [files.scan(path, _line_starts) for path in paths]  # 8 bytes a row
     self._first = np.cumsum([0] + [len(starts) - 1 for starts in self._starts]).tolist()
     if not len(self):
       raise UserError(f"{paths[0]} has no rows")
@@ -184,14 +188,13 @@ class JsonlSource:
     return record
 
 
-def _line_starts(path: str) -> np.ndarray:
+def _line_starts(lines: BinaryIO) -> np.ndarray:
   """Where each line begins and the last ends, int64 [n + 1]; empty lines at the end are none."""
-  with files.reading(path), files.stream(path) as lines:
-    sizes = [0]
-    rows = 0
-    for line in lines:
-      sizes.append(len(line))
-      rows = len(sizes) - 1 if line.strip() else rows
+  sizes = [0]
+  rows = 0
+  for line in lines:
+    sizes.append(len(line))
+    rows = len(sizes) - 1 if line.strip() else rows
   return np.cumsum(sizes[: rows + 1], dtype=np.int64)
 
 
@@ -213,6 +216,7 @@ class ArrayRecordSource:
     if remote := [path for path in paths if files.is_remote(path)]:
       raise UserError(f"{remote[0]}: ArrayRecord is read from local disks only; copy it, or mount the bucket")
     self.paths, self._cfg = paths, cfg
+    files.keep_open(len(paths))
     self._files = [_array_record(path) for path in paths]
     self._first = np.cumsum([0] + [len(file) for file in self._files]).tolist()
     if not len(self):
@@ -240,9 +244,9 @@ class ArrayRecordSource:
     return _with_bytes(_record(row, self._cfg, name))
 
 
-def _array_record(path: str) -> grain.sources.ArrayRecordDataSource:
+def _array_record(path: str) -> Records:
   with files.reading(path):
-    return grain.sources.ArrayRecordDataSource(path)
+    return open_records(path)
 
 
 class TfdsSource:
@@ -268,6 +272,8 @@ class TfdsSource:
       # The pictures stay encoded: they are decoded as all others are.
       decoders = {image: tfds.decode.SkipDecoding()}
       self._examples = builder.as_data_source(split=cfg.split, decoders=decoders)
+      files.keep_open(len(builder.info.splits[cfg.split].file_instructions))
+      self._examples.data_source = Records(self._examples.data_source)
       length = len(self._examples)
     except UserError:
       raise

@@ -3,6 +3,7 @@
 import bisect
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import io
 import logging
@@ -57,6 +58,7 @@ class TarSource:
 
   def __init__(self, shards: list[str], captions: bool = True):
     self.shards = shards
+    files.keep_open(len(shards))  # a mapped index keeps its file open
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
       self._rows = list(pool.map(index_shard, shards))
     bare = [shard for shard, rows in zip(shards, self._rows, strict=True) if len(rows) and rows[0, 2] == 0]
@@ -204,8 +206,7 @@ def _save(path: str | Path, rows: np.ndarray) -> None:
 
 def _scan(shard: str) -> np.ndarray:
   _log.info("indexing %s", shard)
-  with files.reading(shard), files.stream(shard) as stream:
-    return _read_headers(shard, stream)
+  return files.scan(shard, functools.partial(_read_headers, shard))
 
 
 def _read_headers(shard: str, stream: BinaryIO) -> np.ndarray:
@@ -225,8 +226,8 @@ def _read_headers(shard: str, stream: BinaryIO) -> np.ndarray:
         stem, _, extension = file.rpartition(".")
         extension = extension.lower()
         kind = "image" if extension in IMAGE_EXTENSIONS else "text" if extension == "txt" else None
-        if kind is None or not stem:
-          continue  # other members (.json, .cls) belong to other readers
+        if kind is None or stem[:1] in ("", "."):
+          continue  # other members (.json, .cls) belong to other readers; a Mac's tar adds ._x.jpg, which is no picture
         pair = pairs.setdefault(f"{folder}/{stem}" if folder else stem, {})
         if kind in pair:
           raise UserError(f"shard {shard} holds {member.name} twice (or two images of one key); make its keys unique")

@@ -78,6 +78,8 @@ class Tokenizer:
     self.chat = min(missing, key=lambda chat: len(missing[chat]))
     if lacks := missing[self.chat]:
       raise UserError(f"the tokenizer lacks {', '.join(lacks)}; use one of the Qwen2.5-VL, Qwen3 or Llama 3 family")
+    backend.no_truncation()  # a tokenizer.json keeps with which it was called last
+    backend.no_padding()
     backend.add_special_tokens([_special(name) for name in IMAGE_TOKENS if backend.token_to_id(name) is None])
     self.backend = backend
     self.pad = self.end_of_text = backend.token_to_id(self.chat.end_of_text)

@@ -28,6 +28,7 @@ from blip3o_jax.training.feed import preparation
 
 _CELL = 240  # side of a picture on the sheet, pixels
 _COLUMNS = 6  # pictures a row
+_PICTURES = 4 * _COLUMNS  # on the sheet of a group
 _LINES = 6  # of text under each
 _BARS = 40  # characters of the longest bar of a histogram
 _SHOWN = 10  # bad samples that are printed; all are in the report
@@ -70,7 +71,8 @@ def run(config: ConfigDict, out: str | Path, *, num: int = 256, seconds: float =
   for group in pipeline.open_groups(configs, config.batch_size, config.seed, **tools):
     count = max(num * group.batch // config.batch_size, 1)
     with concurrent.futures.ThreadPoolExecutor(reading.threads) as pool:
-      samples = list(pool.map(lambda i, g=group: _look(g, int(g.order[i]), tools), range(count)))
+      look = lambda i, g=group: _look(g, int(g.order[i]), tools, keep=i < _PICTURES)
+      samples = list(pool.map(look, range(count)))
     report[group.name or "data"] = facts = _facts(group, samples)
     yield from _told(group, facts, samples)
     rows += [{"group": group.name, **_row(sample)} for sample in samples]
@@ -86,14 +88,16 @@ def run(config: ConfigDict, out: str | Path, *, num: int = 256, seconds: float =
 # ---- looking
 
 
-def _look(group: pipeline.Group, index: int, tools: dict[str, Any]) -> Seen:
+def _look(group: pipeline.Group, index: int, tools: dict[str, Any], keep: bool) -> Seen:
+  """`keep` its picture: those of all samples looked at would fill the memory."""
   source = group.mixture.source_of(index)
   try:
     record = group.mixture.record(index)
     sample = group.build(record)
   except UserError as error:
     return Seen(name=f"sample {index}", source=source, error=str(error))
-  seen = Seen(name=record["name"], source=source, text=record.get("text"), picture=_picture(sample, tools["pictures"]))
+  text, picture = record.get("text"), _picture(sample, tools["pictures"]) if keep else None
+  seen = Seen(record["name"], source, text if isinstance(text, str) else None, picture=picture)
   if "tokens" not in sample:
     return seen
   tokens = sample["tokens"][sample["token_mask"]]
@@ -183,9 +187,9 @@ def _row(sample: Seen) -> dict[str, Any]:
   return {name: value for name, value in vars(sample).items() if name != "picture" and value is not None}
 
 
-def _sheet(samples: list[Seen], most: int = 4 * _COLUMNS) -> np.ndarray:
+def _sheet(samples: list[Seen]) -> np.ndarray:
   """A contact sheet, uint8 [H, W, 3]: pictures in the order in which they come, with what belongs to them."""
-  shown = samples[:most]
+  shown = samples[:_PICTURES]
   font, line = ImageFont.load_default(12), 16
   width, height = _CELL + 12, _CELL + 12 + _LINES * line
   sheet = Image.new("RGB", (_COLUMNS * width, -(-len(shown) // _COLUMNS) * height), "white")

@@ -1,5 +1,6 @@
 import errno
 import os
+import resource
 import time
 
 import buckets
@@ -58,6 +59,28 @@ def test_what_is_not_there_is_not_waited_for(tmp_path, waited):
   with pytest.raises(UserError, match="a ends before byte 6"):
     files.read(str(tmp_path / "a"), 1, 5)
   assert not waited
+
+
+def test_a_scan_that_fails_for_a_while_begins_again(tmp_path, waited):
+  (tmp_path / "a").write_bytes(b"12345")
+  use = failing(2, OSError(errno.EIO, "Input/output error"), lambda stream: stream.read())
+  assert files.scan(str(tmp_path / "a"), use) == b"12345" and len(waited) == 2
+  with pytest.raises(UserError, match="none cannot be read"):
+    files.scan(str(tmp_path / "none"), use)
+
+
+def test_room_for_files_that_stay_open():
+  limits = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  try:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 10, hard))
+    files.keep_open(10)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
+    files.keep_open(0)
+    with pytest.raises(UserError, match=r"of data have to stay open, this system allows a process \d+ in all; raise"):
+      files.keep_open(1 << 40)
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_whatever_a_bucket_raises_is_waited_for_and_told_in_one_line(monkeypatch, waited):

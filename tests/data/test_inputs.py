@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from blip3o_jax.data import tars
-from blip3o_jax.data.inputs import describe
+from blip3o_jax.data.inputs import PromptFile, describe
 from blip3o_jax.errors import UserError
 
 
@@ -26,3 +26,13 @@ def test_describe_says_what_is_said(tmp_path):
   path.write_text(json.dumps({"conversations": [{"from": "human"}]}))
   with pytest.raises(UserError, match="a.jsonl: line 1: conversations must be human and gpt messages"):
     list(describe(path))
+
+
+def test_a_line_that_is_no_prompt_is_told_by_its_number(tmp_path):
+  path = tmp_path / "prompts.jsonl"
+  path.write_text('{"prompt": "a"}\n\n{\n' + "[" * 100_000)
+  prompts = PromptFile(path)
+  assert len(prompts) == 3 and prompts[0] == {"prompt": "a"}
+  for i in (1, 2):
+    with pytest.raises(UserError, match=f"line {i + 2} is not JSON"):
+      prompts[i]

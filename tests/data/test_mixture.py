@@ -61,6 +61,7 @@ def test_a_shifted_record_stays_in_its_source():
   assert m.source_of(319) == "short" and m.source_of(320) == "journeydb"
 
 
-def test_a_negative_weight():
-  with pytest.raises(UserError, match="short has weight -1"):
-    mixture(short=-1)
+@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "2", None])
+def test_what_is_no_weight(weight):
+  with pytest.raises(UserError, match=f"short has weight {weight!r}; a weight is a number from 0"):
+    mixture(short=weight)

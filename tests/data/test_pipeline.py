@@ -99,6 +99,37 @@ def test_worker_processes_change_nothing(numbered):
   assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
+def test_a_worker_process_that_is_killed_changes_nothing(numbered, caplog):
+  whole = numbers(make_loader(numbered, batch_size=6, seed=1), 12)
+  loader = make_loader(numbered | {"workers": 1, "prefetch": 1}, batch_size=6, seed=1)
+  first = [next(loader)["pixels"][:, 0, 0, 0].tolist() for _ in range(3)]
+  (worker,) = multiprocessing.active_children()
+  worker.kill()
+  assert first + numbers(loader, 9) == whole and "new worker processes" in caplog.text
+
+
+def test_worker_processes_that_die_are_replaced_but_not_for_ever():
+  class Dying(list):
+    """A loader that ends with an error, and once closed not at all."""
+
+    error = RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
+
+    def __iter__(self):
+      yield from super().__iter__()
+      raise self.error
+
+  started = []
+  batches = pipeline.Batches(lambda step: started.append(step) or Dying(range(step, min(step + 2, 7))), 3)
+  assert list(itertools.islice(batches, 4)) == [3, 4, 5, 6] and started == [3, 5]
+  with pytest.raises(UserError, match=r"die again and again.*fewer data.workers \(.*exit code -9"):
+    next(batches)
+  assert started == [3, 5, 7, 7, 7]
+  Dying.error = RuntimeError("a mistake of ours")
+  with pytest.raises(RuntimeError, match="a mistake of ours"):
+    next(pipeline.Batches(lambda step: Dying(), 0))
+
+
 def test_a_bad_sample_is_replaced_by_the_same_one_everywhere(numbered, tmp_path, caplog, monkeypatch):
   monkeypatch.setattr(pipeline, "_warned", 0)
   good = numbers(make_loader(numbered, batch_size=5, seed=1), 4)
@@ -429,9 +460,20 @@ def test_errors(numbered, tokenizer):
     ({"wording": "x"}, "data.wording 'x' is unknown"),
     ({"path": "", "sources": {"a": {"weight": 1}}}, "data.sources.a config needs a path"),
     ({"path": "", "sources": {"a": "data/a"}}, "data.sources.a config is 'data/a'; give its fields: "),
+    ({"path": "", "sources": ["data/a"]}, r"data.sources is \['data/a'\]; give the fields of each source by its name"),
+    ({"path": 3}, "data path 3 is none; give a path"),
+    ({"path": ("a", 3)}, r"data path \('a', 3\) is none; give a path"),
+    ({"buckets": 64}, "data.buckets is 64; give a list of lengths"),
+    ({"buckets": ("a",)}, "data.buckets is .*; give a list of lengths"),
   ]:
     with pytest.raises(UserError, match=why):
       make_loader(numbered | change, batch_size=5, seed=0)
+  for seed in (-1, 1.5):
+    with pytest.raises(UserError, match=f"seed is {seed}; the order of the data takes a whole number"):
+      make_loader(numbered, batch_size=5, seed=seed)
+  for groups in ({}, ["a"]):
+    with pytest.raises(UserError, match="data.groups is .*; give the fields of each group by its name"):
+      make_loader({"groups": groups}, batch_size=5, seed=0)
   with pytest.raises(UserError, match="needs a tokenizer"):
     make_loader(numbered | {"task": "captions"}, batch_size=5, seed=0)
   asked = numbered | {"task": "conversations"}

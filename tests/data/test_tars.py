@@ -1,6 +1,7 @@
 import io
 import os
 import pickle
+import resource
 import tarfile
 
 import buckets
@@ -114,6 +115,24 @@ def test_many_shards_are_indexed_beforehand(tmp_path, monkeypatch):
   assert len(open_source(tmp_path / "{0,2}.tar")) == 4
   with pytest.raises(UserError, match="only these have an index"):
     list(tars.index([str(tmp_path / ".index")], processes=1))
+
+
+def test_more_shards_than_files_may_be_open_at_first(tmp_path):
+  for i in range(40):
+    write_tar(tmp_path / f"{i:02d}.tar", pair("k"))
+  limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+  with open(tmp_path / "00.tar") as file:  # no number below its own is free, or hardly one
+    resource.setrlimit(resource.RLIMIT_NOFILE, (file.fileno() + 20, limits[1]))
+  try:
+    assert len(open_source(tmp_path)) == 40
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_hidden_members_are_no_samples(tmp_path):
+  hidden = [("._k.jpg", b"mac"), ("dir/._l.jpg", b"mac"), ("dir/._l.txt", b"mac"), (".jpg", b"mac")]
+  source = open_source(write_tar(tmp_path / "a.tar", hidden + pair("k")))
+  assert len(source) == 1 and source[0]["image"] == b"kkk"
 
 
 def test_picture_and_caption_far_apart(tmp_path):

@@ -57,6 +57,16 @@ def test_size_and_places_of_special_tokens(trained):
     train_tokenizer(["a"], 200)
 
 
+def test_settings_that_a_tokenizer_file_keeps_of_its_last_use_change_nothing(trained, tmp_path):
+  trained.save(tmp_path)
+  kept = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+  kept.enable_truncation(5)
+  kept.enable_padding(length=12)
+  kept.save(str(tmp_path / "tokenizer.json"))
+  for text in ("a circle", "a red circle left of a blue square"):
+    assert load_tokenizer(tmp_path).encode(text) == trained.encode(text)
+
+
 def test_halves_of_surrogate_pairs_are_no_text(trained):
   for text in ("a circle \ud83d", "a circle " * 50 + "\udc00"):
     with pytest.raises(UserError, match="'a circle .*' is no valid Unicode text"):

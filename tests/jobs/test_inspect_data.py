@@ -64,6 +64,19 @@ def test_groups_show_the_pictures_that_the_tower_gets(corpus, tmp_path):
   assert any("<|image_pad|> x 16" in row["prompt"] for row in rows if row["group"] == "see")
 
 
+def test_captions_that_are_no_text_and_pictures_that_are_not_shown(corpus, tmp_path, monkeypatch):
+  picture = Image.new("RGB", (8, 8))
+  picture.save(tmp_path / "0.png")
+  rows = [{"image": "0.png", "text": text} for text in (["a", "b"], 5, {"a": 1}, "\ud83d", *["a"] * 30)]
+  (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  sheet, shown = inspect_data._sheet, []
+  monkeypatch.setattr(inspect_data, "_sheet", lambda samples: shown.extend(samples) or sheet(samples))
+  _, report, found = inspected(experiment(task="images", path=str(tmp_path / "rows.jsonl")), tmp_path / "out", num=34)
+  assert not report["data"]["bad"] and sum("text" not in row for row in found) == 3
+  kept = [sample.picture is not None for sample in shown]
+  assert kept == [True] * 24 + [False] * 10  # any number may be looked at in the memory of those on the sheet
+
+
 def test_a_picture_comes_back_from_its_patches():
   processor = ImageProcessor(patch_size=8)
   pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
