@@ -6,7 +6,8 @@
 #
 #   bash launch/gke_xpk.sh up train --name b3o --cluster pod --zone us-west4-a --type v5litepod-256 \
 #     --image us-docker.pkg.dev/PROJECT/blip3o/tpu:1 -- \
-#     --config configs/pretrain_8b.py --workdir gs://BUCKET/runs/8b --config.init_from=gs://BUCKET/models/start-8b
+#     --config configs/pretrain_8b.py --workdir gs://BUCKET/runs/8b --config.init_from=gs://BUCKET/models/start-8b \
+#     --config.data.path=gs://BUCKET/captions
 #
 # JOB is train, generate, caption or cache-features; WORDS are those of `blip3o JOB`. The image holds this checkout,
 # installed (pip install ".[tpu,gcs]"), and is its working directory. The cluster is yours: nothing here makes or deletes one.

@@ -5,7 +5,8 @@
 #   bash launch/tpu_pod.sh logs|status|down --name NAME --zone ZONE [--project PROJECT]
 #
 #   bash launch/tpu_pod.sh up train --name b3o --zone us-west4-a --type v5litepod-256 --spot -- \
-#     --config configs/pretrain_8b.py --workdir gs://BUCKET/runs/8b --config.init_from=gs://BUCKET/models/start-8b
+#     --config configs/pretrain_8b.py --workdir gs://BUCKET/runs/8b --config.init_from=gs://BUCKET/models/start-8b \
+#     --config.data.path=gs://BUCKET/captions
 #
 # JOB is train, generate, caption or cache-features; WORDS are those of `blip3o JOB`. `up` does what is missing: it asks for
 # the slice, waits, copies this checkout (what git has committed) and installs it, starts the job on every worker, and
@@ -119,7 +120,10 @@ setup() {
   done
   rm -rf "$folder"
   [[ "$status" == 0 ]] || return "$status"
-  on_workers all "mkdir -p $there && tar xzf $there.tar.gz -C $there && cd $there && BLIP3O_EXTRAS=$extras bash launch/local.sh --version"
+  # Ubuntu 22.04, which the machines run, brings Python 3.10; fresh ones may still be busy with updates of their own.
+  local install="BLIP3O_EXTRAS=$extras bash launch/local.sh --version" apt="apt-get -qq -o DPkg::Lock::Timeout=300"
+  apt="sudo $apt update && sudo DEBIAN_FRONTEND=noninteractive $apt install python3.11-venv"
+  on_workers all "mkdir -p $there && tar xzf $there.tar.gz -C $there && cd $there && { $install || { $apt && $install; }; }"
 }
 
 # Shell words for a worker: is the job running there?

@@ -7,7 +7,8 @@ An objective is a module with
 
 `loss_sum / weight` is the loss; the trainer divides once, after accumulation and sharding, so that unequal counts
 weigh right. `metrics` are sums too (divided by the same weight). `cfg` is the plain dict `config.objective_args`,
-spread over the keyword arguments of the function that does the work. An objective knows no mesh, checkpoint or file.
+spread over the keyword arguments of the module's `_loss`, which does the work: what that does not name is refused, and
+so is what is of another kind than its default. An objective knows no mesh, checkpoint or file.
 
 It may also have
 
@@ -18,11 +19,14 @@ It may also have
 A config names one of these, or a file of its own: `config.objective = "my_idea.py"` (notebooks/new_objective.ipynb).
 """
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
+import os
+import traceback
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.errors import UserError
+from blip3o_jax.models.blip3o import COMPONENTS
 
 NAMES = (
   "autoencoding",
@@ -42,9 +47,13 @@ NAMES = (
   "joint",
 )
 
+# What settings may be beside their kind; other numbers are at least 0.
+_RANGES = {"drop": (0, 1), "noise": (0, 1), "shift": (0.01, 100)}
+_CHOICES = {"times": ("discrete", "continuous")}
+
 
 def get(name: str) -> types.ModuleType:
-  """The objective module called `name`, or in the file of that path. Raises UserError if there is none."""
+  """The objective module called `name`, or in the file of that path. Raises UserError if there is none, or it fails."""
   if name in NAMES:
     return importlib.import_module(f"blip3o_jax.objectives.{name}")
   if not name.endswith(".py"):
@@ -53,10 +62,27 @@ def get(name: str) -> types.ModuleType:
     raise UserError(f"objective {name!r}: no such file; give its path from where you are")
   spec = importlib.util.spec_from_file_location(Path(name).stem, name)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  with user_code(name):
+    spec.loader.exec_module(module)
   if missing := [word for word in ("COMPONENTS", "loss") if not hasattr(module, word)]:
     raise UserError(f"objective {name!r} has no {missing[0]}; blip3o_jax/objectives/__init__.py says what one is")
+  if unknown := sorted(set(module.COMPONENTS) - set(COMPONENTS)):
+    raise UserError(f"objective {name!r}: {unknown[0]!r} is no part of the model; there are {', '.join(COMPONENTS)}")
   return module
+
+
+@contextlib.contextmanager
+def user_code(path: str | os.PathLike) -> Iterator[None]:
+  """Context in which whatever the user's file `path` raises becomes a UserError that names the line."""
+  try:
+    yield
+  except UserError:
+    raise
+  except SyntaxError as error:
+    raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+  except Exception as error:
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    raise UserError(f"{path} failed at {line.filename}:{line.lineno}: {type(error).__name__}: {error}") from error
 
 
 def at_high_noise(losses: jax.Array, high: jax.Array) -> dict[str, jax.Array]:
@@ -67,7 +93,8 @@ def at_high_noise(losses: jax.Array, high: jax.Array) -> dict[str, jax.Array]:
 
 
 def check(name: str, args: Mapping[str, Any], trained: Collection[str]) -> None:
-  """Refuse settings before anything runs: unknown `objective_args`, or what the objective's own `check` refuses.
+  """Refuse settings before anything runs: `objective_args` that are unknown, of another kind than their default or out
+  of range, or what the objective's own `check` refuses.
 
   Args:
     trained: components of which some parameter trains.
@@ -78,8 +105,24 @@ def check(name: str, args: Mapping[str, Any], trained: Collection[str]) -> None:
   module = get(name)
   work = getattr(module, "_loss", None)
   given = ("params", "batch", "rng", "model")
-  known = [p for p in inspect.signature(work).parameters if p not in given] if work else []
+  parameters = inspect.signature(work).parameters.values() if work else ()
+  known = {p.name: p.default for p in parameters if p.name not in given}
   if unknown := sorted(set(args) - set(known)):
     raise UserError(f"objective_args.{unknown[0]}: {name} has no such setting; it has {', '.join(known) or 'none'}")
+  for key, value in args.items():
+    kind = _kind(known[key])
+    if kind in (bool, float, str) and _kind(value) is not kind:
+      raise UserError(f"objective_args.{key} is {value!r}; give a {kind.__name__}, such as its default {known[key]!r}")
+    if name in NAMES and _kind(value) is float:
+      least, most = _RANGES.get(key, (0, float("inf")))
+      if not least <= value <= most:  # nan is neither
+        raise UserError(f"objective_args.{key} is {value}; take a number from {least} to {most}")
+    if name in NAMES and value not in _CHOICES.get(key, (value,)):
+      raise UserError(f"objective_args.{key} is {value!r}; choose {' or '.join(_CHOICES[key])}")
   if own := getattr(module, "check", None):
     own(args, trained)
+
+
+def _kind(value: Any) -> type:
+  """Whole numbers are numbers."""
+  return float if type(value) is int else type(value)

@@ -4,7 +4,6 @@ import ast
 import difflib
 import importlib.util
 import sys
-import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from blip3o_jax.errors import UserError
+from blip3o_jax.objectives import user_code
 from blip3o_jax.training.defaults import OPEN, complete
 
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -25,7 +25,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ConfigDict:
   left out of an open group by the file (`model.overrides.dit.layers=2`), takes any Python literal, or else the text.
 
   Returns: a locked ConfigDict with every field of `training.defaults`.
-  Raises: UserError for a missing or broken file, an unknown field (naming close ones) or a value of another type.
+  Raises: UserError for a missing or broken file, an unknown field (naming close ones) or a value that it cannot have.
   """
   config = complete(_run(Path(path)))  # with the defaults, so that a field the file leaves out can be set too
   for override in overrides:
@@ -33,7 +33,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ConfigDict:
     if not equals:
       raise UserError(f"--config.{name} has no value: write --config.{name}=VALUE")
     _override(config, name, text)
-  return config.lock()
+  return complete(config).lock()
 
 
 def _run(path: Path) -> ConfigDict:
@@ -46,17 +46,11 @@ def _run(path: Path) -> ConfigDict:
   sys.path.insert(0, str(path.parent.resolve()))  # a config may import the one beside it that it varies
   before = set(sys.modules)
   try:
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, "get_config", None)):
-      raise UserError(f"{path} has no get_config(); a config is a .py file that defines it")
-    config = module.get_config()
-  except (UserError, KeyboardInterrupt):
-    raise
-  except SyntaxError as error:
-    raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from error
-  except Exception as error:
-    line = traceback.extract_tb(error.__traceback__)[-1]
-    raise UserError(f"{path} failed at {line.filename}:{line.lineno}: {type(error).__name__}: {error}") from error
+    with user_code(path):
+      spec.loader.exec_module(module)
+      if not callable(getattr(module, "get_config", None)):
+        raise UserError(f"{path} has no get_config(); a config is a .py file that defines it")
+      config = module.get_config()
   finally:
     sys.path.remove(str(path.parent.resolve()))
     for name in set(sys.modules) - before:  # another directory may have a config of the same name

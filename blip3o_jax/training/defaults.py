@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from etils import epath
@@ -24,6 +25,29 @@ _FREE = (
 
 # What may be changed as well, to go on after a loss that did not stay finite; it is told.
 _MENDED = ("optimizer.learning_rate", "clip_norm")
+
+# By the type of its default what a field may be, and the words for it.
+_KINDS = {
+  bool: (bool, "True or False"),
+  int: (int, "a whole number"),
+  float: ((int, float), "a number"),
+  str: (str, "a text"),
+  tuple: ((tuple, list), "a tuple of texts"),
+}
+
+# The least and the most that a number may be; those of _BELOW_ONE must stay below 1.
+_BELOW_ONE = ("ema_decay", "optimizer.b1", "optimizer.b2")
+_FROM_ONE = ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "max_bad_steps")
+_FROM_NONE = (
+  *("sample_every", "profile", "clip_norm", "schedule.warmup_steps"),
+  *("optimizer.learning_rate", "optimizer.eps", "optimizer.weight_decay"),
+)
+_LIMITS = {
+  "seed": (0, 2**32 - 1),  # what Grain and JAX both take
+  **dict.fromkeys(_FROM_ONE, (1, math.inf)),
+  **dict.fromkeys(_FROM_NONE, (0, math.inf)),
+  **dict.fromkeys(("schedule.warmup_ratio", "schedule.min_ratio", *_BELOW_ONE), (0, 1)),
+}
 
 
 def default_config() -> ConfigDict:
@@ -75,13 +99,15 @@ def complete(config: ConfigDict) -> ConfigDict:
   """`config` on top of the defaults, frozen.
 
   Raises:
-    UserError: a field that nothing reads, or a number out of range.
+    UserError: a field that nothing reads, a value of another type than the default, or a number out of range.
   """
   full = default_config()
   for key, value in config.items():
     if key not in full:
       raise UserError(f"config.{key} is read by nothing; the fields are {', '.join(sorted(full))}")
     if isinstance(full[key], ConfigDict):
+      if not isinstance(value, ConfigDict):
+        raise UserError(f"config.{key} is {value!r}; it is a group of fields, give a dict of them")
       if unknown := sorted(set(value) - set(full[key])) if key not in OPEN else []:
         raise UserError(f"config.{key}.{unknown[0]} is read by nothing; there are {', '.join(sorted(full[key]))}")
       value = ConfigDict({**full[key], **value})
@@ -89,23 +115,31 @@ def complete(config: ConfigDict) -> ConfigDict:
       full[key] = value
   if unknown := sorted(set(full.model) - {"preset", "overrides"}):
     raise UserError(f"config.model.{unknown[0]} is read by nothing; sizes are set under config.model.overrides")
-  for key in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "max_bad_steps"):
-    if full[key] < 1:
-      raise UserError(f"config.{key} is {full[key]}; it must be at least 1")
-  for key in ("sample_every", "profile"):
-    if full[key] < 0:
-      raise UserError(f"config.{key} is {full[key]}; it must be at least 0 (off)")
+  values = _flat(full.to_dict())
+  for key, default in _flat(default_config().to_dict()).items():
+    if key.split(".")[0] not in OPEN:
+      _check(key, values[key], default)
   if full.batch_size % full.accumulate:
     raise UserError(
       f"batch_size {full.batch_size} does not divide into {full.accumulate} accumulated parts; take a multiple of them"
     )
-  if full.compute_dtype not in ("float32", "bfloat16", "float16"):
+  if full.compute_dtype not in ("float32", "bfloat16"):
     raise UserError(f"compute_dtype {full.compute_dtype!r} is unknown; choose bfloat16 or float32")
   if full.export not in ("safetensors", "orbax"):
     raise UserError(f"export {full.export!r} is unknown; choose safetensors or orbax")
-  if not 0 <= full.ema_decay < 1:
-    raise UserError(f"ema_decay is {full.ema_decay}; it must be at least 0 (off) and below 1")
   return full
+
+
+def _check(key: str, value: Any, default: Any) -> None:
+  kind, words = _KINDS[type(default)]
+  texts = not isinstance(default, tuple) or (isinstance(value, kind) and all(isinstance(x, str) for x in value))
+  if not isinstance(value, kind) or isinstance(value, bool) != isinstance(default, bool) or not texts:
+    raise UserError(f"config.{key} is {value!r}; give {words}")
+  if key in _LIMITS:
+    least, most = _LIMITS[key]
+    if not least <= value <= most or (key in _BELOW_ONE and value == 1):  # nan is neither
+      upper = " and below 1" if key in _BELOW_ONE else f" and at most {most}" * math.isfinite(most)
+      raise UserError(f"config.{key} is {value}; it must be at least {least}{upper}")
 
 
 def claim(workdir: epath.Path, config: ConfigDict, *, write: bool) -> str:

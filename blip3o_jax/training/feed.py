@@ -1,5 +1,6 @@
 """From the loader onto the devices, one batch ahead of the step."""
 
+import math
 import queue
 import threading
 import time
@@ -97,6 +98,20 @@ def cached(config: ConfigDict, architecture: Blip3oConfig) -> bool:
       "data.task features are those of CLIP, the design vae_flow learns latents; take data.task generation"
     )
   return "features" in tasks and "generation" not in tasks
+
+
+def require_whole_groups(config: ConfigDict, parts: int) -> None:
+  """Raise UserError unless the rows that each of `data.groups` has of a batch divide into so many parts: devices over
+  which a batch is cut, times those that are accumulated."""
+  if "groups" not in config.data:
+    return
+  rows = [group.rows for group in pipeline.parse(config.data.to_dict())[0].values()]
+  unit = parts * sum(rows) // math.gcd(*rows)
+  if config.batch_size % unit:
+    raise UserError(
+      f"batch_size {config.batch_size} does not divide into data.groups of {' : '.join(map(str, rows))} rows over "
+      f"{parts} parts (devices that share a batch, times config.accumulate); take a multiple of {unit}"
+    )
 
 
 def tokenizer_dir(config: ConfigDict, source: Source | None) -> Path | None:

@@ -51,6 +51,7 @@ def make_optimizer(cfg: Mapping[str, Any]) -> optax.GradientTransformation:
   """Everything of AdamW but the learning rate: the step multiplies by -lr itself, from its own step number.
 
   (So the schedule goes on over a skipped update, as torch's does, and the rate that is logged is the rate used.)
+  Muon is optax's: what is no kernel goes to Adam with Nesterov's momentum, and there no weight decays.
 
   Raises:
     UserError: unknown optimizer.

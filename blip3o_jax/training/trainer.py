@@ -23,14 +23,14 @@ from blip3o_jax.data import files
 from blip3o_jax.errors import Preempted, UserError
 from blip3o_jax.inference.image import Sampling
 from blip3o_jax.models import presets
-from blip3o_jax.models.blip3o import Blip3o
+from blip3o_jax.models.blip3o import COMPONENTS, Blip3o
 from blip3o_jax.porting import model_dir
 from blip3o_jax.porting.locate import open_model
 from blip3o_jax.sharding import distributed, rules
 from blip3o_jax.sharding.mesh import make_mesh, reader
 from blip3o_jax.training import metrics, optimizers, state
 from blip3o_jax.training.defaults import claim, complete
-from blip3o_jax.training.feed import Buckets, Prefetch, cached, open_loader, tokenizer_dir
+from blip3o_jax.training.feed import Buckets, Prefetch, cached, open_loader, require_whole_groups, tokenizer_dir
 from blip3o_jax.training.preemption import StopFlag
 from blip3o_jax.training.profiling import Profile
 from blip3o_jax.training.samples import Sampler, components_to_draw
@@ -109,11 +109,15 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") 
   say(f"parameters:\n{state.overview(program.state.trained, program.frozen)}")
   if changed:
     say(f"WARNING: from here on with another config: {changed}")
-  claim(workdir, config, write=main_process)
-  _require_shared(workdir)
-  if main_process:  # every single one, for who wants to look
+  failure = None
+  if main_process:
     table = parameter_overview.get_parameter_overview(program.params, include_stats=False, max_lines=None)
-    (workdir / "parameters.txt").write_text(table + "\n")
+    try:
+      claim(workdir, config, write=True)
+      (workdir / "parameters.txt").write_text(table + "\n")  # every single one, for who wants to look
+    except Exception as error:  # buckets fail in more ways than have names
+      failure = UserError(f"{workdir} cannot be written ({error}); give another --workdir, or the right to write there")
+  _require_shared(workdir, failure)
 
   again = lambda words: say(f"WARNING: {words}; training goes on, and the next save tries again")
   with (
@@ -198,6 +202,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") 
         if stop.requested or (jax.process_count() > 1 and store.reached_preemption(done)):
           preempt(done)
         if sampler and done % config.sample_every == 0:
+          log.flush()  # else drawing would wait for the step, and its time be taken for drawing's
           with timing.lost("sample"):
             say(sampler.draw(done, state.merge(train_state.ema or train_state.trained, frozen)))
         if done == config.steps or done % config.save_every == 0:
@@ -215,13 +220,13 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") 
   return TrainResult(workdir, exported, config.steps, log.last)
 
 
-def _require_shared(workdir: epath.Path) -> None:
-  """Raise on every process if one does not see what the first has written: a disk of its own, whose checkpoints would
-  be parts that never come together."""
-  if jax.process_count() == 1:
-    return
+def _require_shared(workdir: epath.Path, failure: UserError | None) -> None:
+  """Raise on every process if the first could not write, or one does not see what it has written: a disk of its own,
+  whose checkpoints would be parts that never come together."""
   distributed.barrier("the working directory")
-  seen = distributed.everyone((workdir / "config.json").exists())
+  seen = distributed.everyone(not failure and (workdir / "config.json").exists())
+  if failure:
+    raise failure
   if lacking := np.flatnonzero(~seen).tolist():
     raise UserError(f"processes {lacking} do not see {workdir} of process 0; give a disk that all share, or gs://...")
 
@@ -233,10 +238,13 @@ def build(config: ConfigDict, mesh: Mesh, kind: type[Blip3o] | None = None) -> P
     kind: a module with the parameters of Blip3o that computes in another way.
 
   Raises:
-    UserError: unknown names, or `trainable` matches nothing.
+    UserError: unknown names, `trainable` matches nothing, or a group of the data does not divide over the mesh.
   """
   objective = objectives.get(config.objective)
+  if unknown := sorted(set(config.components) - set(COMPONENTS)):
+    raise UserError(f"components: {unknown[0]!r} is no part of the model; there are {', '.join(COMPONENTS)}")
   components = tuple(config.components) or objective.COMPONENTS
+  require_whole_groups(config, rules.places(mesh) * config.accumulate)
   dtype = jnp.dtype(config.compute_dtype)
   architecture = config.model.to_dict()
   cfg = presets.get(architecture["preset"], architecture["overrides"])

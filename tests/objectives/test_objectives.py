@@ -23,6 +23,20 @@ def test_unknown_objective_and_setting():
     objectives.check("understanding", {"drop": 0.1}, ("backbone",))
 
 
+@pytest.mark.parametrize("name, args, words", [
+  ("generation", {"drop": 10}, "drop is 10; take a number from 0 to 1"),  # percent, was meant
+  ("generation", {"drop": float("nan")}, "drop is nan"),
+  ("generation", {"shift": 0.0}, "shift is 0.0"),
+  ("generation", {"times": "discreet"}, "times is 'discreet'; choose discrete or continuous"),
+  ("generation", {"prefix_pass": "no"}, "prefix_pass is 'no'; give a bool"),
+  ("decoding", {"noise": None}, "noise is None; give a float"),
+  ("joint", {"generation_weight": -1}, "generation_weight is -1"),
+])  # fmt: skip
+def test_settings_that_would_train_wrongly(name, args, words):
+  with pytest.raises(UserError, match=words):
+    objectives.check(name, args, ("dit",))
+
+
 def test_a_backbone_that_trains_needs_the_plain_pass():
   with pytest.raises(UserError, match="prefix_pass to False"):
     objectives.check("generation", {"drop": 0.1}, ("backbone", "dit"))
@@ -36,5 +50,15 @@ def test_an_objective_of_ones_own_is_a_file(tmp_path):
   file.write_text("COMPONENTS = ('dit',)\n")
   with pytest.raises(UserError, match="idea.py' has no loss"):
     objectives.get(str(file))
+  for text, words in [
+    ("def loss(:", "idea.py:1: invalid syntax"),
+    ("import jax\n1 / 0\n", "idea.py failed at .*idea.py:2: ZeroDivisionError"),
+    ("COMPONENTS = ('ditt',)\ndef loss(): pass\n", "'ditt' is no part of the model; there are backbone"),
+  ]:
+    file.write_text(text)
+    with pytest.raises(UserError, match=words):
+      objectives.get(str(file))
+  file.write_text("COMPONENTS = ('dit',)\ndef loss(): pass\ndef _loss(*, model, eps, drop=0.1, rate=-1): pass\n")
+  objectives.check(str(file), {"eps": None, "drop": 10, "rate": -2.5}, ("dit",))  # ranges are its own business
   with pytest.raises(UserError, match="other.py': no such file"):
     objectives.get(str(tmp_path / "other.py"))

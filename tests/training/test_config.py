@@ -41,7 +41,7 @@ def file(tmp_path):
     ("data.sizes=3,4", "data.sizes", (3, 4)),
     ("data.words=b,c", "data.words", ("b", "c")),
     ("data.empty=7,x", "data.empty", (7, "x")),
-    ("steps=none", "steps", None),
+    ("data.sizes=none", "data.sizes", None),
     ("--config.optimizer.learning_rate=3", "optimizer.learning_rate", 3.0),  # the file leaves it to the defaults
     ("model.overrides.dit.layers=2", "model.overrides.dit.layers", 2),  # nobody names these but their reader
     ("objective_args.times=continuous", "objective_args.times", "continuous"),
@@ -66,6 +66,13 @@ def test_override_takes_the_type_of_the_field(file, override, field, value):
     ("--config.data.cache=maybe", ["bool"]),
     ("--config.data.sizes=a,b", ["tuple"]),
     ("--config.steps", ["no value"]),
+    ("--config.steps=none", ["steps is None", "a whole number"]),
+    ("--config.mesh.fsdp=none", ["mesh.fsdp is None", "a whole number"]),
+    ("--config.seed=-1", ["seed is -1", "at least 0"]),
+    ("--config.clip_norm=-1", ["clip_norm is -1.0", "at least 0"]),  # it would climb
+    ("--config.optimizer.learning_rate=nan", ["learning_rate is nan", "at least 0"]),
+    ("--config.optimizer.b2=1", ["b2 is 1.0", "below 1"]),
+    ("--config.schedule.warmup_ratio=3", ["warmup_ratio is 3.0", "at most 1"]),  # percent, was meant
   ],
 )
 def test_a_slip_is_one_line(file, override, words):
@@ -85,6 +92,16 @@ def test_a_slip_is_one_line(file, override, words):
     ("def get_config():\n  return {}", ["dict", "ConfigDict"]),
     ("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'stepz': 1})", ["stepz"]),
     ("import nothing_of_this_name", ["x.py:1", "ModuleNotFoundError"]),
+    *(
+      (f"from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({fields})", words)
+      for fields, words in [
+        ({"steps": 1e5}, ["config.steps is 100000.0", "a whole number"]),
+        ({"tensorboard": 1}, ["config.tensorboard is 1", "True or False"]),
+        ({"sample_prompts": "a red circle"}, ["sample_prompts is 'a red circle'", "a tuple of texts"]),  # a letter each
+        ({"optimizer": {"learning_rate": "1e-4"}}, ["optimizer.learning_rate is '1e-4'", "a number"]),
+        ({"data": "shards"}, ["config.data is 'shards'", "a group of fields"]),
+      ]
+    ),
   ],
 )
 def test_a_broken_file_is_one_line(tmp_path, text, words):

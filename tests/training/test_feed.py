@@ -77,6 +77,21 @@ def test_groups_stay_groups_and_what_only_counts_is_counted():
     assert set(next(prefetch)) == {"pixels"} and prefetch.counts == {"rows_replaced": 3, "rows_cut": 4}
 
 
+def test_every_group_divides_over_the_devices_and_accumulated_parts():
+  config = default_config()
+  group = {"task": "images", "path": "shards"}
+  config.data.groups = {"draw": {**group, "rows": 3}, "see": {**group, "rows": 1}}
+  config.batch_size = 32
+  feed.require_whole_groups(config, 8)  # 24 and 8
+  config.batch_size = 16  # divides itself, but 4 rows do not
+  with pytest.raises(UserError, match="batch_size 16 .* of 3 : 1 rows over 8 parts .* a multiple of 32"):
+    feed.require_whole_groups(config, 8)
+  config.mesh = {"data": 1}
+  config.accumulate = 8
+  with pytest.raises(UserError, match="a multiple of 32"):
+    trainer.build(trainer.complete(config), make_mesh({"data": 1}))
+
+
 CHILD = """
 import sys
 import jax

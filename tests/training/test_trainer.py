@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 import types
@@ -15,12 +16,14 @@ import jax
 import numpy as np
 import pytest
 import toy
+from buckets import bucket
+from etils import epath
 
 from blip3o_jax import objectives
 from blip3o_jax.errors import Preempted, UserError
 from blip3o_jax.models import presets
 from blip3o_jax.models.flops import Pass
-from blip3o_jax.training import throughput, trainer
+from blip3o_jax.training import profiling, throughput, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -227,11 +230,18 @@ def test_the_step_compiles_once(tmp_path, caplog):
   ({"optimizer": {"name": "sgd"}}, "sgd"),
   ({"init_from": "/nowhere"}, "/nowhere"),
   ({"export": "zip"}, "zip"),
+  ({"components": ("vea",)}, "'vea' is no part of the model"),
 ])  # fmt: skip
 def test_bad_config_leaves_nothing(tmp_path, changes, words):
   with pytest.raises(UserError, match=words):
     trainer.train(toy.config(**changes), tmp_path / "run")
   assert not (tmp_path / "run/checkpoints").exists() or not os.listdir(tmp_path / "run/checkpoints")
+
+
+def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path):
+  (tmp_path / "file").write_text("in the way")
+  with pytest.raises(UserError, match=r"file/run cannot be written \(.*Not a directory"):
+    trainer.train(toy.config(), tmp_path / "file/run")
 
 
 def test_progress_line_and_overview(tmp_path, capsys):
@@ -303,6 +313,24 @@ def test_flops_of_a_joint_step():
 def test_profile(tmp_path):
   trainer.train(toy.config(steps=6, profile=2), tmp_path)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_profile_reaches_a_bucket_and_one_that_cannot_be_written_ends_nothing(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+  (tmp_path / "tmp").mkdir()
+
+  def trace(directory):
+    with profiling.Profile(directory, 1, 1) as profile:
+      profile.before(1)
+      profile.after(1, jax.numpy.ones(3) + 1)
+
+  with bucket() as files:
+    trace(epath.Path("gs://somewhere/profile"))
+    assert any(name.endswith(".xplane.pb") for name in files.store)
+  (tmp_path / "profile").write_text("in the way")
+  trace(epath.Path(tmp_path / "profile"))
+  assert f"WARNING: no profile, {tmp_path / 'profile'} cannot be written" in capsys.readouterr().out
+  assert not list((tmp_path / "tmp").iterdir())
 
 
 # ---- saves that fail
