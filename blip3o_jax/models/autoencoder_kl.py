@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from blip3o_jax.errors import UserError
 from blip3o_jax.nn.attention import attention
 from blip3o_jax.nn.linear import Conv, Dense
 from blip3o_jax.nn.norms import GroupNorm
@@ -44,7 +45,16 @@ class AutoencoderKLConfig:
 
   @classmethod
   def from_reference(cls, config: dict) -> "AutoencoderKLConfig":
-    """From the reference's config.json."""
+    """From the reference's config.json.
+
+    Raises:
+      UserError: another activation, or latents that are normalised channel by channel.
+    """
+    # diffusers' defaults where a file is silent
+    config = {"in_channels": 3, "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 32} | config
+    for key, value in {"act_fn": "silu", "latents_mean": None, "latents_std": None}.items():
+      if config.get(key, value) != value:
+        raise UserError(f"VAE config.json: {key}={config[key]!r} is not supported; expected {value!r}")
     return cls(
       in_channels=config["in_channels"],
       latent_channels=config["latent_channels"],

@@ -40,8 +40,13 @@ class EvaClipConfig:
   def from_reference(
     cls, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None
   ) -> "EvaClipConfig":
-    """From the reference's config.json: `vision_cfg`, and `gen_pooling`, whose last number is the pooling stride."""
+    """From the reference's config.json: `vision_cfg`, and `gen_pooling`, whose last number is the pooling stride.
+
+    Raises:
+      UserError: another kind of EVA-CLIP.
+    """
     vision = config["vision_cfg"]
+    _require_plain(vision)
     width = vision["width"]
     # int(), as the reference rounds: 1792 * 8.571428571428571 -> 15360. The tensor has the last word.
     mlp_dim = (shapes or {}).get("blocks.0.mlp.fc1.weight", (int(width * vision["mlp_ratio"]),))[0]
@@ -60,11 +65,13 @@ class EvaClipConfig:
     """From the weights (spec 10.3); what they do not tell (head width, pooling) from `config`, or it is the release's.
 
     Raises:
-      UserError: the width is no multiple of the head width.
+      UserError: the width is no multiple of the head width, or the config tells of another kind of EVA-CLIP.
     """
     rows, width = shapes["pos_embed"][-2:]
     patch = shapes["patch_embed.proj.weight"][-1]
-    head_width = (config.get("vision_cfg") or {}).get("head_width", 112)
+    vision = config.get("vision_cfg") or {}
+    _require_plain(vision)
+    head_width = vision.get("head_width", 112)
     if width % head_width:
       raise UserError(
         f"EVA-CLIP is {width} wide, no multiple of {head_width}; say vision_cfg.head_width in config.json"
@@ -87,6 +94,13 @@ class EvaClipConfig:
       "vision_cfg": vision | {"head_width": head_width, "mlp_ratio": ratio},
       "gen_pooling": f"early_pool2d_{self.pool_stride}",
     }
+
+
+def _require_plain(vision: Mapping[str, Any]) -> None:
+  """That `vision_cfg` does not ask for what leaves no mark on names and shapes: norms before the branches, rotation."""
+  for key, value in {"postnorm": True, "rope": False}.items():
+    if vision.get(key, value) != value:
+      raise UserError(f"EVA-CLIP config: {key}={vision[key]!r} is not supported; expected {value!r}")
 
 
 def _stride(config: Mapping[str, Any]) -> int:

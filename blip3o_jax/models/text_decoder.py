@@ -71,6 +71,9 @@ class TextDecoderConfig:
       config: the parsed config.json.
       shapes: shapes of the checkpoint's tensors, if at hand. They overrule the file: the vocabulary (the release
         shrinks it, spec 4.1), the biases, the query-key norms and whether the head is tied (spec 10.1).
+
+    Raises:
+      UserError: another activation, sliding windows, or an unknown stretching of the rotary frequencies.
     """
     text = {**config, **config.get("text_config", {})}
     rope_config = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
@@ -87,6 +90,8 @@ class TextDecoderConfig:
         high_freq_factor=float(rope_config["high_freq_factor"]),
         original_length=int(rope_config["original_max_position_embeddings"]),
       )
+    if (activation := text.get("hidden_act", "silu")) != "silu":
+      raise UserError(f"language model config: hidden_act {activation!r} is not supported; known is silu")
     kind = text.get("model_type", "")
     vocab, tied = text["vocab_size"], text.get("tie_word_embeddings", False)
     bias = text.get("attention_bias", not any(name in kind for name in ("llama", "qwen3")))

@@ -68,7 +68,15 @@ class UNetConfig:
     Raises:
       UserError: the file asks for something that SDXL's structure does not have.
     """
-    config = {"use_linear_projection": False} | config  # diffusers' default where an old file is silent
+    silent = {  # what an entry is where the file is silent (diffusers' defaults)
+      "in_channels": 4,
+      "out_channels": 4,
+      "layers_per_block": 2,
+      "norm_num_groups": 32,
+      "norm_eps": 1e-5,
+      "use_linear_projection": False,
+    }
+    config = silent | config
     widths = tuple(config["block_out_channels"])
     per_level = lambda v: tuple(v) if isinstance(v, list | tuple) else (v,) * len(widths)
     layers = per_level(config.get("transformer_layers_per_block", 1))
@@ -87,8 +95,18 @@ class UNetConfig:
       "resnet_time_scale_shift": "default",
       "act_fn": "silu",
       "mid_block_type": "UNetMidBlock2DCrossAttn",
+      # These leave no mark on names and shapes.
+      "mid_block_scale_factor": 1,
+      "mid_block_only_cross_attention": None,
+      "downsample_padding": 1,
+      "resnet_skip_time_act": False,
+      "resnet_out_scale_factor": 1.0,
+      "time_embedding_type": "positional",
+      "time_embedding_act_fn": None,
+      "timestep_post_act": None,
     }
-    wrong = [f"{k}={config[k]!r}" for k, v in plain.items() if k in config and config[k] != v]
+    # Files say null, false or 0 alike where something is off.
+    wrong = [f"{k}={config[k]!r}" for k, v in plain.items() if k in config and (config[k] or None) != (v or None)]
     for side, order in (("Down", crossed), ("Up", crossed[::-1])):
       wanted = [f"{'CrossAttn' if c else ''}{side}Block2D" for c in order]
       if list(config[f"{side.lower()}_block_types"]) != wanted:
@@ -115,7 +133,16 @@ class UNetConfig:
 
   def to_reference(self, sample_size: int) -> dict[str, Any]:
     """config.json of diffusers' UNet2DConditionModel; `sample_size` is the side of the latents. diffusers warns of
-    `position_code`, which it does not have, where it is set."""
+    `position_code`, which it does not have, where it is set.
+
+    Raises:
+      UserError: the middle is not as deep as the last level.
+    """
+    if not self.mid_depth or self.depths[-1] not in (0, self.mid_depth):
+      raise UserError(
+        f"UNet: diffusers takes the depth of the middle from the last level, and here they are {self.mid_depth} and "
+        f"{self.depths[-1]}; only a model directory can hold it"
+      )
     kinds = ["CrossAttn" if depth else "" for depth in self.depths]
     content = {
       "sample_size": sample_size,
@@ -126,8 +153,8 @@ class UNetConfig:
       "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
       "block_out_channels": list(self.block_out_channels),
       "layers_per_block": self.layers_per_block,
-      # A level without attention has no depth; diffusers wants a number there all the same.
-      "transformer_layers_per_block": [max(depth, 1) for depth in self.depths],
+      # A level without attention has no depth; diffusers wants a number there. The last is the middle's too.
+      "transformer_layers_per_block": [*(max(depth, 1) for depth in self.depths[:-1]), self.mid_depth],
       "attention_head_dim": list(self.heads),  # the number of heads, an old misnomer
       "use_linear_projection": True,
       "cross_attention_dim": self.context_dim,

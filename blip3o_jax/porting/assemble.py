@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax.data.tokenizer import require_same
+from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
 from blip3o_jax.models.blip3o import Blip3oConfig
 from blip3o_jax.models.qwen3_siglip import Qwen3SiglipConfig
@@ -27,7 +28,7 @@ def join(first: Source, other: Source) -> Source:
   SigLIP beside Qwen3 alone becomes its understanding tower (spec 8), behind a fresh projector.
 
   Raises:
-    UserError: they read text through different tokenizers.
+    UserError: they read text through different tokenizers, or no preset has parts of such kinds together.
   """
   if first.tokenizer and other.tokenizer:
     require_same(first.tokenizer_dir(), other.tokenizer_dir())
@@ -42,11 +43,12 @@ def join(first: Source, other: Source) -> Source:
   if part is first:  # a UNet that lies without its scheduler knows nothing of the process
     known = presets.get(part.preset)
     changes = {field: x for field, x in changes.items() if field in names or x != getattr(known, field)}
+  name = f"{first.name} and {other.name}"
   return dataclasses.replace(
     first,
-    name=f"{first.name} and {other.name}",
+    name=name,
     preset=whole.preset,
-    overrides=_overrides(whole.preset, dataclasses.replace(whole.config(), **changes)),
+    overrides=_overrides(name, whole.preset, dataclasses.replace(whole.config(), **changes)),
     weights=first.weights | new,
     entries=first.entries | {name: entry for name, entry in other.entries.items() if name in new},
     tokenizer=first.tokenizer or other.tokenizer,
@@ -56,8 +58,14 @@ def join(first: Source, other: Source) -> Source:
   )
 
 
-def _overrides(preset: str, config: Blip3oConfig) -> dict[str, Any]:
-  return model_dir.plain(presets.difference(presets.get(preset), config))
+def _overrides(name: str, preset: str, config: Blip3oConfig) -> dict[str, Any]:
+  base = presets.get(preset)
+  kind = lambda model, name: type(getattr(model, name))
+  other = [part for part in ("backbone", "clip", "unet", "vae") if kind(base, part) is not kind(config, part)]
+  if other:
+    kinds = ", ".join(f"{kind(config, part).__name__} as {part}" for part in other)
+    raise UserError(f"{name} do not go together: preset {preset!r} cannot have {kinds}")
+  return model_dir.plain(presets.difference(base, config))
 
 
 def _can_see_through(config: Blip3oConfig, source: Source) -> bool:
@@ -81,11 +89,12 @@ def _with_eyes(first: Source, tower: Source) -> Source:
   seen = tower.weights["clip"]
   names = {f"model.vision_tower.vision_tower.{key}": key for key in seen}
   parts = [first.weights["backbone"], Renamed(seen, names), _projector(text.dim, vision.width)]
+  name = f"{first.name} and {tower.name}"
   return dataclasses.replace(
     first,
-    name=f"{first.name} and {tower.name}",
+    name=name,
     preset=_EYES,
-    overrides=_overrides(_EYES, config),
+    overrides=_overrides(name, _EYES, config),
     weights=first.weights | {"backbone": _Chained(parts)},
     entries={name: entry for name, entry in first.entries.items() if name != "backbone"},
     preprocessor=tower.preprocessor,

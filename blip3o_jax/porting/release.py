@@ -48,7 +48,7 @@ _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 _DIFFUSERS, _INDEX = "diffusion_pytorch_model", "model_index.json"
 QWEN_TOKENS = 151665  # of Qwen2.5-VL's own tokenizer (spec 4.1)
 _PUBLISHED = ("blip3o-8b", "blip3o-4b", "blip3o-qwen3-siglip2", "blip3o-study")
-_SIGLIP = "vision_model.embeddings.patch_embedding.weight"
+_SIGLIP = "embeddings.patch_embedding.weight"  # after "vision_model.", which transformers 5 leaves out
 _AUTOENCODER = "blip3o-siglip2-sana"  # one size is released, and its config tells none
 _SANA_SAMPLING = {"decoder_steps": 30, "decoder_solver": "dpm++", "decoder_null": "image"}  # spec 7.3
 _SHARD = 5_000_000_000  # bytes, as transformers writes them
@@ -122,11 +122,13 @@ def open_release(path: os.PathLike | str, name: str = "") -> Source:
 
 
 def _transformer_parts(reader: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-  """The parts of a checkpoint; EVA-CLIP's own file has no prefix, and SigLIP's has a text tower beside."""
+  """The parts of a checkpoint; EVA-CLIP's own file has no prefix, and SigLIP's may have a text tower beside."""
   if {"cls_token", "pos_embed"} <= set(reader):
     return {"clip": reader}
-  if _SIGLIP in reader:
-    return {"clip": Renamed(reader, {key: key for key in reader if key.startswith("vision_model.")})}
+  for prefix in ("vision_model.", ""):
+    if prefix + _SIGLIP in reader:
+      names = {f"vision_model.{key.removeprefix(prefix)}": key for key in reader if key.startswith(prefix)}
+      return {"clip": Renamed(reader, names)}
   return {part: Renamed(reader, names) for part, names in blip3o.split(reader).items()}
 
 
@@ -211,7 +213,7 @@ def _describe_siglip(config: Mapping[str, Any], weights: Mapping[str, Mapping]) 
   if "unet" in weights and blip3o.is_autoencoder(weights["unet"]):
     return _AUTOENCODER, {}
   tower = weights.get("clip", {})
-  if _SIGLIP not in tower:
+  if f"vision_model.{_SIGLIP}" not in tower:
     return None
   base = presets.get(_AUTOENCODER)
   clip = SiglipConfig.from_reference(config, {key: spec(tower, key).shape for key in tower})
@@ -310,11 +312,10 @@ def write(
       dtypes = _write_files(out, "model", [(keyed[name], *source.reference(name, dtype)) for name in top], _SHARD)
       _write_json(out / _CONFIG, _top_config(source, config, top, dtypes))
     decoder = out if part else out / DECODER
-    for name, class_name, content in (
-      ("unet", "UNet2DConditionModel", config.unet.to_reference(config.image_size // config.vae.downsampling)),
-      ("vae", "AutoencoderKL", config.vae.to_reference()),
-    ):
+    for name, class_name in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
       if name in names:
+        side = config.image_size // config.vae.downsampling
+        content = config.vae.to_reference() if name == "vae" else config.unet.to_reference(side)
         folder = decoder if part else decoder / name
         folder.mkdir(parents=True, exist_ok=True)
         specs, arrays = source.reference(name, dtype)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import load_golden, relative_error
 
+from blip3o_jax.errors import UserError
 from blip3o_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, depth_to_space, space_to_depth
 from blip3o_jax.porting.convert import reference_specs, to_ours, to_reference
 from blip3o_jax.porting.rules.autoencoder_kl import RULES
@@ -86,3 +87,10 @@ def test_patches_shrink_the_latents():
   assert cfg.downsampling == 8
   assert mean.shape == (1, 4, 4, 4)
   assert jax.eval_shape(lambda p, z: vae.apply(p, z, method="decode"), params, mean).shape == images.shape
+
+
+def test_other_latents_are_refused():
+  config = load_golden("sdxl_decoder").config["vae"]
+  for change in ({"act_fn": "relu"}, {"latents_mean": [0.1] * 4}):
+    with pytest.raises(UserError, match=next(iter(change))):
+      AutoencoderKLConfig.from_reference(config | change)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import load_golden, relative_error
 
+from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
 from blip3o_jax.models.eva_clip import EvaClip, EvaClipConfig, pool
 from blip3o_jax.porting import convert
@@ -94,6 +95,19 @@ def test_fresh_post_norms_start_at_the_asked_gain():
   cfg = EvaClipConfig(image_size=16, patch_size=8, width=8, layers=2, heads=2, mlp_dim=16, norm_init=0.3)
   params = nn.unbox(jax.jit(EvaClip(cfg).init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3))))["params"]["layers"]
   assert np.allclose(params["norm1"]["scale"], 0.3) and np.allclose(params["norm2"]["scale"], 0.3)
+
+
+@pytest.mark.parametrize("change", [{"postnorm": False}, {"rope": True}])
+def test_other_kinds_of_the_same_names_are_refused(change):
+  """EVA-CLIP g/14 has its norms before the branches, under the same keys."""
+  golden = load_golden("eva_clip")
+  config = golden.config | {"vision_cfg": golden.config["vision_cfg"] | change}
+  for read in (
+    lambda: EvaClipConfig.from_reference(config),
+    lambda: EvaClipConfig.from_shapes({k: v.shape for k, v in golden.weights.items()}, config),
+  ):
+    with pytest.raises(UserError, match=next(iter(change))):
+      read()
 
 
 def test_published_size():

@@ -133,6 +133,7 @@ def test_biases_that_a_checkpoint_has():
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}, "rope_type 'yarn'"),
     ({"use_sliding_window": True}, "sliding windows"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding windows"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
   ],
 )
 def test_what_is_not_computed_is_refused(change, words):

@@ -178,9 +178,32 @@ def test_bad_requests():
 
 
 @pytest.mark.parametrize(
-  "change", [{"class_embed_type": "timestep"}, {"use_linear_projection": False}, {"up_block_types": ["UpBlock2D"] * 3}]
+  "change",
+  [
+    {"class_embed_type": "timestep"},
+    {"use_linear_projection": False},
+    {"up_block_types": ["UpBlock2D"] * 3},
+    {"resnet_skip_time_act": True},
+    {"downsample_padding": 0},
+  ],
 )
 def test_other_structures_are_refused(change):
   config = load_golden("sdxl_decoder").config["unet"]
   with pytest.raises(UserError, match=next(iter(change))):
     UNetConfig.from_reference(config | change)
+
+
+def test_what_a_file_does_not_say_is_as_diffusers_has_it():
+  config = load_golden("sdxl_decoder").config["unet"]
+  cfg = UNetConfig.from_reference(config)
+  short = {key: value for key, value in config.items() if key not in ("in_channels", "layers_per_block", "norm_eps")}
+  assert UNetConfig.from_reference(short | {"center_input_sample": None}) == cfg
+
+
+@pytest.mark.parametrize("depths", [(1, 2), (1, 0), (0, 2)])
+def test_the_file_says_the_depth_of_the_middle(depths):
+  """diffusers takes it from the last level, which may have no attention of its own."""
+  cfg = dataclasses.replace(TINY, depths=depths, mid_depth=2)
+  assert UNetConfig.from_reference(cfg.to_reference(8)) == cfg
+  with pytest.raises(UserError, match="here they are 3 and 2"):
+    dataclasses.replace(cfg, depths=(1, 2), mid_depth=3).to_reference(8)

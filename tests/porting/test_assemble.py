@@ -16,7 +16,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
 from blip3o_jax.models.qwen3_siglip import Qwen3Siglip, Qwen3SiglipConfig
 from blip3o_jax.porting import model_dir
-from blip3o_jax.porting.locate import convert_model, open_model
+from blip3o_jax.porting.locate import convert_model, open_model, open_models
 from blip3o_jax.porting.source import abstract_params
 
 
@@ -109,3 +109,30 @@ def test_qwen3_gets_eyes(tmp_path):
   for name, fan_in in (("fc1", tower.config["hidden_size"]), ("fc2", cfg.backbone.dim)):
     kernel = np.asarray(params["projector"][name]["kernel"])
     assert 0.9 < np.abs(kernel).max() * fan_in**0.5 <= 1 and abs(kernel.mean()) < 0.1 * np.abs(kernel).max()
+
+
+def small(path, name, rename=lambda key: key):
+  """A recording's weights and config as a model on disk."""
+  golden = load_golden(name)
+  path.mkdir()
+  save_file({rename(key): array for key, array in golden.weights.items()}, path / "model.safetensors")
+  (path / "config.json").write_text(json.dumps(golden.config))
+  return path
+
+
+def test_siglip_as_newer_transformers_save_it(tmp_path):
+  """Without `vision_model.` before its keys."""
+  old = open_model(small(tmp_path / "old", "siglip"))
+  new = open_model(small(tmp_path / "new", "siglip", lambda key: key.removeprefix("vision_model.")))
+  assert new.components == ("clip",) and new.config() == old.config()
+  assert new.content_hash("clip") == old.content_hash("clip")
+  joined = open_models([small(tmp_path / "qwen3", "qwen3"), tmp_path / "new"])
+  joined.check()
+  assert isinstance(joined.config().backbone, Qwen3SiglipConfig)
+
+
+def test_parts_that_no_preset_has_together(tmp_path):
+  models = [small(tmp_path / name, name) for name in ("llama", "siglip")]
+  with pytest.raises(UserError, match=r"siglip do not go together: .* cannot have SiglipConfig as clip") as error:
+    open_models(models)
+  assert len(str(error.value)) < 400

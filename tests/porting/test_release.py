@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import presets
 from blip3o_jax.porting import convert, release, rules
-from blip3o_jax.porting.locate import convert_model, open_model
+from blip3o_jax.porting.locate import convert_model, open_model, open_models
 from blip3o_jax.porting.source import abstract_params
 
 # Spec 2.1, 2.7, 10.3 to 10.5.
@@ -422,6 +422,17 @@ def test_the_siglip_and_sana_autoencoder(tmp_path, names):
   with pytest.raises(UserError, match="no place for any of its parts"):
     release.write(source, tmp_path / "out")
   assert not (tmp_path / "out").exists()
+
+  # A backbone that draws with them goes out without them.
+  for name in ("qwen3", "siglip"):
+    golden = load_golden(name)
+    (tmp_path / name).mkdir()
+    save_file(golden.weights, tmp_path / name / "model.safetensors")
+    write_json(tmp_path / name / "config.json", golden.config)
+  whole = open_models([tmp_path / "qwen3", tmp_path / "siglip", tmp_path / "in"])
+  assert whole.preset == "blip3o-siglip2-sana"
+  assert release.write(whole, tmp_path / "out")[1] == ["clip", "unet", "vae"]
+  assert open_model(tmp_path / "out").content_hash("backbone") == whole.content_hash("backbone")
 
 
 @pytest.mark.parametrize("layout", ["qkv.bias", "q_bias"])
