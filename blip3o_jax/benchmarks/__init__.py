@@ -99,7 +99,7 @@ def ceiling(dtype: str, *, side: int = 0, rounds: int = 5) -> dict[str, float]:
     side: of the square matrices; 0: 2048 on a CPU, 8192 elsewhere, where the copy is 16 times larger as well.
   """
   side = side or (2048 if jax.default_backend() == "cpu" else 8192)
-  a = jnp.ones((side, side), dtype)
+  a = jax.random.normal(jax.random.key(0), (side, side), dtype)  # a GPU multiplies ones faster
   b = jnp.ones((8 * side, side), "float32")
   product, copy = jax.jit(jnp.dot).lower(a, a).compile(), jax.jit(jnp.negative).lower(b).compile()
   in_turn(1, lambda: product(a, a), lambda: copy(b))
@@ -143,9 +143,11 @@ def report(path: Path | str | None, figures: Mapping[str, Any]) -> dict[str, Any
   """The figures with command, device, versions and date; written to `path` if one is given."""
   installed = ("jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+  device = jax.local_devices()[0]
   facts = {
     "command": shlex.join(["blip3o", *sys.argv[1:]]),
-    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "device": f"{jax.device_count()} x {device.device_kind}",
+    "driver": " ".join(device.client.platform_version.split()),
     "processor": _processor(),
     "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     "jax": jax.__version__,
@@ -153,6 +155,7 @@ def report(path: Path | str | None, figures: Mapping[str, Any]) -> dict[str, Any
     "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in installed},
     "date": datetime.date.today().isoformat(),
     "process_peak_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+    "device_peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use", 0),  # a CPU counts none
   }
   if path:
     write_atomically(path, (json.dumps(facts | dict(figures), indent=2) + "\n").encode())

@@ -201,7 +201,8 @@ def generate(on: Setup) -> Iterator[Case]:
   pixels = 2 * decoder_steps * flops.unet(cfg.unet, side, math.prod(cfg.dit.grid))
   one = features + pixels + flops.vae_decode(cfg.vae, cfg.image_size)
   weights = {name: nbytes(params[name]) for name in params}
-  moved = 2 * weights["backbone"] + steps * weights["dit"] + decoder_steps * weights["unet"] + weights["vae"]
+  layers = nbytes(params["backbone"]["text"]["layers"])
+  moved = 2 * layers + steps * weights["dit"] + decoder_steps * weights["unet"] + weights["vae"]
   blank = [*tokenizer.encode(" "), tokenizer.image_start]
   for batch in on.pictures:
     keys = drawing.picture_keys(0, range(batch))
@@ -229,11 +230,13 @@ def chat(on: Setup) -> Iterator[Case]:
 
   given = {"work": "chat", "setup": on, "params": params, "inputs": (tokens,)}
   prefill = flops.text_decoder(text, on.length) + flops.text_logits(text, 1)
+  decoder = params["backbone"]["text"]
+  read = nbytes(decoder["layers"]) + nbytes(decoder.get("head", decoder["embedding"]))  # the table of words is a row's
   yield warmed(
     f"chat, first token after {on.length}",
     lambda: answer(1),
     flops=prefill,
-    moved=nbytes(params),
+    moved=read,
     count=on.length,
     unit="tokens",
     given=given | {"new": 1},
@@ -243,7 +246,7 @@ def chat(on: Setup) -> Iterator[Case]:
     f"chat, an answer of {on.new} tokens after {on.length}",
     lambda: answer(on.new),
     flops=prefill + (on.new - 1) * each,
-    moved=on.new * nbytes(params),
+    moved=on.new * read,
     count=on.new,
     unit="tokens",
     given=given | {"new": on.new},

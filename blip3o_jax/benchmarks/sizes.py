@@ -71,17 +71,19 @@ def dtype_of(preset: str) -> str:
 
 def weights(cfg: Blip3oConfig, components: Sequence[str], dtype: str, seed: int = 0) -> Params:
   """Random {component: tree}: kernels of variance 1 / fan-in, and nothing at its usual zero or one, so that every part
-  of a network bears on what comes out. Drawn on the host: compiling a draw for every shape takes far longer."""
+  of a network bears on what comes out. The same numbers again and again, from another place on for each array: to draw
+  billions takes a host minutes, and to compile a draw for every shape takes a device as long."""
   rng = np.random.default_rng(seed)
+  numbers = rng.standard_normal((1 << 22) + 1, np.float32)
 
   def draw(path, leaf):
-    name, noise = path[-1].key, rng.standard_normal(leaf.shape, np.float32)
+    name, noise = path[-1].key, np.roll(numbers, rng.integers(numbers.size))[: leaf.size]
     if name == "kernel":
-      fan_in = np.prod(leaf.shape[:-1]) if noise.ndim == 4 else leaf.shape[-2]  # a convolution's, or a matrix's
+      fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim == 4 else leaf.shape[-2]  # a convolution's, or a matrix's
       noise *= np.float32(fan_in**-0.5)
     else:
       noise *= np.float32({"scale": 0.1, "gate": 0.5, "latent_queries": 1.0}.get(name, 0.02))
       noise += np.float32(name == "scale")
-    return jnp.asarray(noise, leaf.dtype)
+    return jnp.asarray(np.resize(noise, leaf.shape)).astype(leaf.dtype)
 
   return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg, components, jnp.dtype(dtype)))

@@ -91,6 +91,8 @@ def run(
   Raises:
     CheckFailed: the losses differ. UserError: no torch here.
   """
+  if vs:
+    rivals.require()
   config = _config(preset, batch_size)
   mesh = make_mesh({"data": 1, "fsdp": -1}, batch_size=batch_size)
   tokenizer = load_tokenizer(open_model("micro").tokenizer_dir())
@@ -117,13 +119,15 @@ def run(
     step = cut.compile(ours, say=lambda *_: None)
     ours_run = _Run(step, *trainer.fresh_state(ours, params), cut)
 
-    benchmarks.in_turn(1, plain_run, ours_run, *others.values())  # warm-up
+    benchmarks.in_turn(1, plain_run, ours_run)  # warm-up
+    others, broken = _running(others)
     *seconds, caching_seconds = benchmarks.in_turn(rounds, plain_run, ours_run, *others.values(), caching)
   losses = [[float(x) for x in one.losses] for one in (plain_run, ours_run, *others.values())]
   _check(losses, config.compute_dtype)
   (plain_seconds, ours_seconds, *other_seconds) = seconds
   figures = _figures(batch_size, plain_seconds, ours_seconds, caching_seconds, peaks) | {
     "others": _beside(others, ours_seconds, other_seconds),
+    "broken": broken,
     "losses": losses,
     "lengths": ours_run.lengths,
     "parameters": state.count(plain.params),
@@ -217,6 +221,18 @@ def _check(losses: list[list[float]], dtype: str) -> None:
       raise CheckFailed(f"the steps give other losses, so no time is told: plain {plain}, another {other}")
 
 
+def _running(others: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+  """Those that can take a first step, and why the rest cannot: no room on the GPU, no compiler for torch.compile."""
+  able, broken = {}, {}
+  for name, other in others.items():
+    try:
+      benchmarks.in_turn(1, other)
+      able[name] = other
+    except Exception as error:
+      broken[name] = rivals.why(error)
+  return able, broken
+
+
 def _parts(cfg, max_length: int) -> dict[str, float]:
   """FLOPs of one picture in the plain step, recomputation counted, as in the module's docstring."""
   length = max_length + cfg.queries
@@ -275,4 +291,6 @@ def _print(figures: dict[str, Any]) -> None:
   for name, other in figures["others"].items():
     speed, seconds = other["ours_is_faster"], other["seconds"]["median"]
     print(f"against {name}, {seconds:.2f} s a step: {speed['median']:.2f} ({speed['min']:.2f} to {speed['max']:.2f})")
+  for name, words in figures["broken"].items():
+    print(f"against {name}: did not run: {words}")
   print(f"the cache takes {figures['cache_bytes_a_picture']:,} bytes a picture")

@@ -1,6 +1,7 @@
 """The benches in miniature: all of them run, count what they should, and what disagrees is not timed."""
 
 import json
+import os
 
 import bench_sizes
 import jax
@@ -70,15 +71,42 @@ def test_the_ceiling_is_measured():
 
 def test_what_disagrees_is_not_timed(monkeypatch):
   case = benchmarks.Case("dit", lambda: pytest.fail("timed"))
-  monkeypatch.setattr(run.rivals, "difference", lambda case, other: 0.5)
+  monkeypatch.setattr(run.rivals, "difference", lambda *_: 0.5)
   with pytest.raises(CheckFailed, match="no time is told"):
-    run._measured(case, {"torch": None}, 1, {}, 1e-3)
+    run._measured(case, lambda _: {"torch": None}, 1, {}, "float32")
+
+
+def test_the_rest_is_measured_when_one_disagrees_or_does_not_run(monkeypatch, tmp_path, capsys):
+  def difference(case, other, precision):
+    if case.name == "two" and other == "torch.compile":
+      raise RuntimeError("no C compiler\nwas found")
+    return 0.5 if case.name == "one" else 0.0
+
+  cases = [benchmarks.Case(name, lambda: jnp.ones(2)) for name in ("one", "two")]
+  rival = type("Rival", (str,), {"call": lambda self: None, "compile_seconds": 0.0})
+  monkeypatch.setattr(run, "CASES", {"dit": lambda on: iter(cases)})
+  monkeypatch.setattr(run.rivals, "require", lambda: None)
+  monkeypatch.setattr(run.rivals, "facts", dict)
+  monkeypatch.setattr(run.rivals, "make", lambda case: {name: rival(name) for name in ("torch", "torch.compile")})
+  monkeypatch.setattr(run.rivals, "difference", difference)
+  with pytest.raises(CheckFailed, match="one: torch differs by 5.0e-01"):
+    run.run(["dit"], vs="torch", rounds=1, out=tmp_path / "figures.json")
+  figures = json.loads((tmp_path / "figures.json").read_text())
+  assert list(figures["cases"]) == ["two"] and len(figures["disagree"]) == 1
+  others = figures["cases"]["two"]["others"]
+  assert others["torch"]["difference"] == 0.0
+  assert others["torch.compile"] == {"error": "RuntimeError: no C compiler was found"}
+  assert "torch.compile    did not run: RuntimeError: no C compiler was found" in capsys.readouterr().out
 
 
 def test_without_torch_one_line(quick_setup, monkeypatch, capsys):
   monkeypatch.setitem(__import__("sys").modules, "torch", None)
-  assert main(["bench", "dit", "--vs", "torch"]) == 2
-  assert 'pip install "blip3o_jax[torch]"' in capsys.readouterr().err
+  monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+  for name in ("dit", "train-step"):
+    assert main(["bench", name, "--vs", "torch"]) == 2
+    out, err = capsys.readouterr()
+    assert 'pip install "blip3o_jax[torch]"' in err and not out  # before anything is measured
+  assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
 
 
 def test_random_weights_leave_nothing_at_zero():

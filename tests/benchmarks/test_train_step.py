@@ -35,6 +35,14 @@ def test_other_losses_tell_no_time():
     train_step._check([[1.0, 2.0], [1.0, 2.1]], "float32")
 
 
+def test_what_cannot_run_beside_it_is_told():
+  def broken():
+    raise RuntimeError("CUDA out of\nmemory")
+
+  able, why = train_step._running({"torch": lambda: None, "torch.compile": broken})
+  assert list(able) == ["torch"] and why == {"torch.compile": "RuntimeError: CUDA out of memory"}
+
+
 def test_sizes_keep_the_proportions_of_the_release():
   parts = train_step._parts(sizes.architecture(), 192)
   unit = parts["encoder"] / 9.4

@@ -1,6 +1,6 @@
 """Arrays and weights from here to torch and back."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -16,11 +16,16 @@ _ALIKE = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def tensor(x: Any) -> torch.Tensor:
-  """An array on torch's device; bfloat16, which NumPy has not, through its bits."""
-  x = np.ascontiguousarray(jax.device_get(x))
+  """An array on torch's device."""
+  return _on_host(x).to(DEVICE)
+
+
+def _on_host(x: Any) -> torch.Tensor:
+  """A copy; bfloat16, which NumPy has not, through its bits."""
+  x = np.array(jax.device_get(x), order="C")
   if x.dtype == jax.numpy.bfloat16:
-    return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16).to(DEVICE)
-  return torch.from_numpy(x.copy()).to(DEVICE)
+    return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16)
+  return torch.from_numpy(x)
 
 
 def array(x: torch.Tensor) -> np.ndarray:
@@ -44,14 +49,23 @@ def named(component: str, cfg: Blip3oConfig, tree: Params) -> Iterator[tuple[str
 
 
 def build(make, dtype: str) -> torch.nn.Module:
-  """`make()` on the device in `dtype`, not trained: no dropout, no gradients of its weights."""
-  with torch.device(DEVICE):
-    return make().to(_ALIKE[dtype]).eval().requires_grad_(False)
+  """`make()` on the device in `dtype`, not trained: no dropout, no gradients of its weights.
+
+  Made in `dtype`, as `from_pretrained` does: a cast takes the memory of float32 first, and rounds the frequencies of
+  rotary positions.
+  """
+  torch.set_default_dtype(_ALIKE[dtype])
+  try:
+    with torch.device(DEVICE):
+      return make().eval().requires_grad_(False)
+  finally:
+    torch.set_default_dtype(torch.float32)
 
 
-def load(module: torch.nn.Module, state: dict[str, torch.Tensor], unused: tuple[str, ...] = ()) -> torch.nn.Module:
-  """Fill a module; all of `state` has its place, and all places but `unused` their tensor. Raises AssertionError."""
-  missing, unexpected = module.load_state_dict(state, strict=False)
+def load(module: torch.nn.Module, named: Iterable[tuple[str, Any]], unused: tuple[str, ...] = ()) -> torch.nn.Module:
+  """Fill a module; each named array has its place, and all places but `unused` their array. Raises AssertionError."""
+  # From the host: on the device all weights would lie twice.
+  missing, unexpected = module.load_state_dict({key: _on_host(x) for key, x in named}, strict=False)
   left = [key for key in missing if not key.startswith(unused)]
   assert not left and not unexpected, f"not filled: {left[:3]}; no place: {unexpected[:3]}"
   return module

@@ -50,8 +50,7 @@ class NextDiT(torch.nn.Module):
 
 def open_dit(cfg: Blip3oConfig, params: Params, dtype: str) -> NextDiT:
   """The DiT with our weights."""
-  state = {key: tensor(x) for key, x in named("dit", cfg, params)}
-  return load(build(lambda: NextDiT(cfg.dit), dtype), state, ("model.pad_token",))
+  return load(build(lambda: NextDiT(cfg.dit), dtype), named("dit", cfg, params), ("model.pad_token",))
 
 
 def open_backbone(cfg: Blip3oConfig, params: Params, dtype: str) -> Qwen2_5_VLForConditionalGeneration:
@@ -59,30 +58,29 @@ def open_backbone(cfg: Blip3oConfig, params: Params, dtype: str) -> Qwen2_5_VLFo
   content = cfg.backbone.to_reference()
   config = Qwen2_5_VLConfig(**content)
   renamed = {"model.": "model.language_model.", "visual.": "model.visual."}
-  state = {}
-  for key, x in named("backbone", cfg, params):
+
+  def rename(key: str) -> str:
     old = next((old for old in renamed if key.startswith(old)), "")
-    state[renamed.get(old, "") + key.removeprefix(old)] = tensor(x)
+    return renamed.get(old, "") + key.removeprefix(old)
+
+  state = ((rename(key), x) for key, x in named("backbone", cfg, params))
   return load(build(lambda: Qwen2_5_VLForConditionalGeneration(config), dtype), state, ("lm_head.",))
 
 
 def open_encoder(cfg: Blip3oConfig, params: Params, dtype: str) -> EvaClip:
   """The CLIP encoder with our weights."""
-  state = {key: tensor(x) for key, x in named("clip", cfg, params)}
-  return load(build(lambda: EvaClip(cfg.clip), dtype), state)
+  return load(build(lambda: EvaClip(cfg.clip), dtype), named("clip", cfg, params))
 
 
 def open_unet(cfg: Blip3oConfig, params: Params, dtype: str) -> UNet2DConditionModel:
   """The decoder's UNet with our weights."""
   content = cfg.unet.to_reference(cfg.image_size // cfg.vae.downsampling)
-  state = {key: tensor(x) for key, x in named("unet", cfg, params)}
-  return load(build(lambda: UNet2DConditionModel(**content), dtype), state)
+  return load(build(lambda: UNet2DConditionModel(**content), dtype), named("unet", cfg, params))
 
 
 def open_vae(cfg: Blip3oConfig, params: Params, dtype: str) -> AutoencoderKL:
   """The autoencoder with our weights."""
-  state = {key: tensor(x) for key, x in named("vae", cfg, params)}
-  return load(build(lambda: AutoencoderKL(**cfg.vae.to_reference()), dtype), state)
+  return load(build(lambda: AutoencoderKL(**cfg.vae.to_reference()), dtype), named("vae", cfg, params))
 
 
 def features_of(encoder: Any, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

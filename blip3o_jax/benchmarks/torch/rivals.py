@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.metadata
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -54,9 +55,9 @@ def make(case: Case) -> dict[str, Rival]:
   """{name: rival} of a case, eager and compiled; nothing where the release has no such work.
 
   Raises:
-    UserError: torch, transformers or diffusers is not here, or torch.compile does not work.
+    UserError: as `require`.
   """
-  torch = _torch()
+  torch = require()
   if case.given.get("work") not in _WORK:
     return {}
   module, function = _WORK[case.given["work"]]
@@ -72,20 +73,22 @@ def steps(config: Any, cfg: Any, params: Any, batches: list) -> dict[str, Any]:
   """{name: the release's training step}, eager and compiled; each goes through all `batches`, one a call.
 
   Raises:
-    UserError: as `make`.
+    UserError: as `require`.
   """
-  torch = _torch()
-  step = importlib.import_module(f"{__package__}.step").Step
-  ways = {"torch": lambda network: network, "torch.compile": torch.compile}
-  return {name: step(config, cfg, params, iter(batches), wrap) for name, wrap in ways.items()}
+  module = importlib.import_module(f"{__package__}.step")
+  ways = {"torch": lambda network: network, "torch.compile": require().compile}
+  return module.steps(config, cfg, params, batches, ways)
 
 
-def difference(case: Case, rival: Rival) -> float:
-  """max|ours - theirs| / max|theirs|, the worst of all arrays; calls the rival twice, to warm it up.
+# By how products are rounded: the size of an array, and against which part of the largest one a smaller is measured.
+# Gradients of biases that bear on nothing (those of cross-attention's keys) are rounding alone; in bfloat16 those of
+# gates are little more, sums of what all but cancels, and of millions of pixels one is always far off.
+_SIZES = {"float32": (lambda x: float(np.abs(x).max()), 1e-3), "bfloat16": (lambda x: float(np.linalg.norm(x)), 1e-1)}
 
-  An array of less than a thousandth of the largest one is measured against that thousandth: the gradients of biases
-  that bear on nothing (those of cross-attention's keys) are rounding alone.
-  """
+
+def difference(case: Case, rival: Rival, precision: str = "float32") -> float:
+  """max|ours - theirs| / max|theirs|, the worst of all arrays; where `precision` is bfloat16 norms, not maxima. Calls
+  the rival twice, to warm it up."""
   seconds = []
   for _ in range(2):
     start = time.perf_counter()
@@ -95,36 +98,50 @@ def difference(case: Case, rival: Rival) -> float:
   ours, theirs = rival.work.ours(case.call()), rival.work.arrays(result)
   if ours.keys() != theirs.keys():
     return float("inf")
-  largest = {name: float(np.abs(x).max()) for name, x in theirs.items()}
-  floor = max(1e-3 * max(largest.values()), 1e-6)
-  return max(_apart(ours[name], theirs[name]) / max(largest[name], floor) for name in ours)
+  size, part = _SIZES[precision]
+  sizes = {name: size(np.asarray(x, np.float64)) for name, x in theirs.items()}
+  floor = max(part * max(sizes.values()), 1e-6)
+  return max(size(_apart(ours[name], theirs[name])) / max(sizes[name], floor) for name in ours)
 
 
-def _apart(ours: Any, theirs: Any) -> float:
-  """max|ours - theirs|, infinite where they cannot be compared. Levels of pixels: less one, which rounding may cost."""
+def why(error: Exception) -> str:
+  """An error of theirs in one line."""
+  return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _apart(ours: Any, theirs: Any) -> np.ndarray:
+  """|ours - theirs|, infinite where they cannot be compared. Levels of pixels: less one, which rounding may cost."""
   ours, theirs = np.asarray(ours), np.asarray(theirs, np.float64)
   rounding = 1.0 if ours.dtype == np.uint8 else 0.0
   if ours.shape != theirs.shape or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
-    return float("inf")
-  return max(float(np.abs(ours - theirs).max()) - rounding, 0.0)
+    return np.asarray(np.inf)
+  return np.maximum(np.abs(ours - theirs) - rounding, 0.0)
 
 
 def facts() -> dict[str, Any]:
-  """Versions and threads of the other side."""
-  torch = _torch()
-  names = ("torch", "transformers", "diffusers")
+  """Versions and threads of the other side, and the most memory of a GPU that its arrays ever took."""
+  torch = require()
+  names, cuda = ("torch", "transformers", "diffusers"), torch.cuda.is_available()
   return {
     "torch_versions": {name: importlib.metadata.version(name) for name in names},
     "torch_threads": torch.get_num_threads(),
-    "torch_device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    "torch_device": torch.cuda.get_device_name() if cuda else "cpu",
+    "torch_device_peak_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
   }
 
 
-def _torch() -> Any:
-  """torch, with as many threads as XLA takes: one a core."""
+def require() -> Any:
+  """torch, with as many threads as XLA takes: one a core. Call it before JAX starts: both must find room on a GPU, of
+  which JAX would take three quarters at once.
+
+  Raises:
+    UserError: torch, transformers or diffusers is not here.
+  """
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   try:
     import diffusers  # noqa: F401
     import torch
   except ImportError as error:
     raise UserError(f'--vs torch needs PyTorch ({error}): pip install "blip3o_jax[torch]"') from error
+  torch.backends.cuda.matmul.allow_tf32 = True  # as XLA multiplies float32 on a GPU
   return torch

@@ -1,7 +1,8 @@
 """The release's training step (spec 3.2, 11.1): the CLIP encoder in every step, one pass over prompt and queries with
-gradients through both and activations computed again, logits over the vocabulary and their unused cross entropy."""
+gradients through both and activations computed again, logits over the vocabulary and their unused cross entropy. Those
+of the DiT are kept, for diffusers cannot compute them again: a hundredth of the step less to do than the release."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,16 +20,33 @@ from blip3o_jax.training.step import streams
 from blip3o_jax.types import Batch, Params
 
 
+def steps(
+  config: ConfigDict, cfg: Blip3oConfig, params: Params, batches: list[Batch], ways: Mapping[str, Callable]
+) -> dict[str, "Step"]:
+  """A step for each of `ways` to wrap a network. What does not train they share: twice it might not fit a GPU."""
+  language = parts.open_backbone(cfg, params["backbone"], config.compute_dtype)
+  language.gradient_checkpointing_enable({"use_reentrant": False})
+  language.model.language_model.train()  # nothing in it is random
+  encoder = parts.open_encoder(cfg, params["clip"], config.compute_dtype)
+  return {name: Step(config, cfg, params, iter(batches), wrap, language, encoder) for name, wrap in ways.items()}
+
+
 class Step:
   """One step a call, on the next of `batches`, from our weights and with our random numbers."""
 
-  def __init__(self, config: ConfigDict, cfg: Blip3oConfig, params: Params, batches: Iterator[Batch], wrap: Callable):
-    self._cfg, self._config, self._batches, dtype = cfg, config, batches, config.compute_dtype
-    language = parts.open_backbone(cfg, params["backbone"], dtype)
-    language.gradient_checkpointing_enable({"use_reentrant": False})
-    self._text, self._head = language.model.language_model.train(), language.lm_head  # nothing in it is random
+  def __init__(
+    self,
+    config: ConfigDict,
+    cfg: Blip3oConfig,
+    params: Params,
+    batches: Iterator[Batch],
+    wrap: Callable,
+    language: torch.nn.Module,
+    encoder: torch.nn.Module,
+  ):
+    self._cfg, self._config, self._batches = cfg, config, batches
+    self._text, self._head = language.model.language_model, language.lm_head
     dit = parts.open_dit(cfg, params["dit"], "float32").requires_grad_(True)
-    encoder = parts.open_encoder(cfg, params["clip"], dtype)
     self._encode, self._read, self._draw = wrap(encoder), wrap(self._text), wrap(dit)
     self._queries = tensor(params["queries"]["latent_queries"]).float().requires_grad_(True)
     self._trained = [p for name, p in dit.named_parameters() if not name.endswith("pad_token")] + [self._queries]
@@ -43,12 +61,12 @@ class Step:
     batch, number = next(self._batches), len(self.losses)
     with torch.autocast(self._queries.device.type, self._dtype, enabled=self._dtype != torch.float32):
       loss = self._loss(batch, number)
-    self._adam.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(self._trained, self._config.clip_norm)
     for group in self._adam.param_groups:
       group["lr"] = float(self._rate(number))
     self._adam.step()
+    self._adam.zero_grad()  # the other steps take their turns meanwhile
     self.losses.append(loss.detach())
     return finished(loss)
 

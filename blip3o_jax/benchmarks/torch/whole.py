@@ -77,6 +77,13 @@ def chat(given: dict[str, Any]) -> Work:
 
     return run
 
+  def greedy(said: torch.Tensor) -> dict[str, np.ndarray]:
+    """Logits of tokens [B, N] over the best ones at their places: all 1. Rounded otherwise, two that are almost alike
+    change places, and all that is said after them is another answer, as right."""
+    with torch.no_grad():
+      logits = model(torch.cat([tokens, said], dim=1)).logits[:, tokens.shape[1] - 1 : -1].float()
+    return {"greedy": array(logits.gather(-1, said[..., None])[..., 0] / logits.amax(-1))}
+
   return Work(
-    bind, lambda said: {"tokens": array(said[:, tokens.shape[1] :])}, lambda said: {"tokens": said}, compiles=False
+    bind, lambda said: greedy(said[:, tokens.shape[1] :]), lambda said: greedy(tensor(said).long()), compiles=False
   )
