@@ -3,26 +3,28 @@
 #
 #   bash launch/local.sh quickstart [...]     the main job in miniature
 #   bash launch/local.sh test [--slow] [...]  lint and tests; with --slow the slow tests only
-#   bash launch/local.sh WORD [...]           any other word is a command of `blip3o` (--help lists them)
+#   bash launch/local.sh WORD [...]           any other word is a command of `blip3o` (--help lists them), run where you are
 #
 # Makes .venv in the repository once, and again only when setup.py or the choice below changes; needs no network otherwise.
 # BLIP3O_EXTRAS (default "test") names the extras to install, e.g. BLIP3O_EXTRAS=cuda,test on a GPU machine.
 # PYTHON names the interpreter to start from.
 set -euo pipefail
+here="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf '%s\n' "launch/local.sh: $*" >&2; }
 
 find_python() {
-  local candidate
-  for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+  local candidate candidates=(python3.11 python3.12 python3.13 python3)
+  [[ -z "${PYTHON:-}" ]] || candidates=("$PYTHON")
+  for candidate in "${candidates[@]}"; do
     # Run it: a version manager leaves stubs on the PATH for versions that are not enabled, and Debian splits venv off.
     if "$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       command -v "$candidate"
       return
     fi
   done
-  say "needs Python 3.11 or newer with its venv module; tried: ${PYTHON:-python3.11 python3.12 python3.13 python3}." \
+  say "needs Python 3.11 or newer with its venv module; tried: ${candidates[*]}." \
     "Install one (Debian, Ubuntu: apt install python3.11-venv) or set PYTHON=/path/to/python."
   exit 2
 }
@@ -34,6 +36,14 @@ ready() { [[ -x .venv/bin/python && -f .venv/made_for ]] && cmp -s .venv/made_fo
 make_environment() {
   local python
   python="$(find_python)"
+  if ! [[ -w . ]]; then
+    say "cannot write to $PWD, where .venv is to be; clone the repository to a place of your own"
+    exit 2
+  fi
+  if [[ -e .venv && ! -f .venv/made_for && ! -e .venv.lock ]]; then # or it would be emptied
+    say "$PWD/.venv is not of this script; move it away and run the same again"
+    exit 2
+  fi
   exec 9>.venv.lock
   # The lock belongs to the open file, not to the process that takes it: this shell holds it until it closes 9.
   "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
@@ -86,5 +96,5 @@ test)
   "$python" -m ruff check .
   exec "$python" -m pytest -n 2 "$@"
   ;;
-*) exec "$python" -m blip3o_jax "$@" ;;
+*) cd "$here" && exec "$python" -m blip3o_jax "$@" ;;
 esac

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -375,6 +376,26 @@ def test_what_the_workers_are_told(cloud, tmp_path):
   assert worker(seen).stdout == "gone\n"
 
 
+def test_a_worker_without_a_fitting_python_gets_one(cloud, tmp_path):
+  """The machines come with Python 3.10."""
+  cloud.answer(ACTIVE, *[look("0,0")] * 2)
+  assert cloud.run("tpu_pod.sh", *UP_TPU).returncode == 0
+  (setup,) = (word.removeprefix("--command=") for call in cloud.calls for word in call if "tar xzf" in word)
+  home = tmp_path / "home"
+  script = home / "launch" / "local.sh"
+  script.parent.mkdir(parents=True)
+  script.write_text('[[ -e ~/python3.11-venv ]] || exit 2; echo "$BLIP3O_EXTRAS $*" >>~/installed')
+  subprocess.run(["tar", "czf", home / "blip3o-b3o.tar.gz", "-C", home, "launch"], check=True)
+  stand_in(
+    home / "bin" / "sudo", 'case "$*" in *" update") touch ~/listed ;; *) [ -e ~/listed ] && touch ~/"${*##* }" ;; esac'
+  )
+  env = os.environ | {"HOME": str(home), "PATH": f"{home / 'bin'}:{os.environ['PATH']}"}
+  for _ in range(2):  # the second finds all that it needs
+    subprocess.run(["bash", "-c", setup], cwd=home, env=env, check=True, timeout=20)
+    (home / "bin" / "sudo").write_text("exit 1")
+  assert (home / "installed").read_text() == "tpu,gcs --version\n" * 2
+
+
 def jobset(name, said=""):
   return f"--ignore-not-found {name} => {said}"
 
@@ -532,3 +553,64 @@ def test_the_compiler_knows_every_flag():
       [sys.executable, "-c", code], env=os.environ | {"LIBTPU_INIT_ARGS": flags}, capture_output=True
     )
     assert (done.returncode == 0) == (kind[0] != "-"), kind
+
+
+@pytest.fixture
+def checkout(tmp_path):
+  """What local.sh needs of a checkout, in a folder with a blank in its name, without a network line."""
+  home = tmp_path / "a b"
+  (home / "launch").mkdir(parents=True)
+  for name in ("setup.py", "launch/local.sh"):
+    shutil.copy(ROOT / name, home / name)
+  return home
+
+
+def local(home, **env):
+  env = os.environ | {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""} | env
+  words = ["bash", str(home / "launch" / "local.sh"), "--version"]
+  return subprocess.run(words, cwd="/", capture_output=True, text=True, env=env, timeout=60)
+
+
+def stand_in(path, text):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(f"#!/bin/sh\n{text}\n")
+  path.chmod(0o755)
+  return path
+
+
+def test_local_takes_a_python_whose_path_has_a_blank(checkout):
+  python = stand_in(checkout / "py dir" / "python", 'case "$*" in "-m venv"*) exit 7 ;; esac')
+  done = local(checkout, PYTHON=str(python))
+  assert f"installing into .venv with {python}" in done.stderr
+  done = local(checkout, PYTHON=str(stand_in(python, "exit 1")))  # too old
+  assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"tried: {python}." in done.stderr
+
+
+def test_local_empties_no_environment_that_it_did_not_make(checkout):
+  mine = checkout / ".venv" / "mine"
+  mine.parent.mkdir()
+  mine.touch()
+  done = local(checkout)
+  assert done.returncode == 2 and done.stderr.count("\n") == 1 and str(mine.parent) in done.stderr
+  assert mine.exists() and not (checkout / ".venv.lock").exists()
+  (checkout / ".venv.lock").touch()  # one that was cut off while it was made is made anew
+  local(checkout, PYTHON=str(stand_in(checkout / "python", 'case "$*" in "-m venv --clear"*) rm .venv/mine ;; esac')))
+  assert not mine.exists()
+
+
+def test_local_runs_a_command_where_the_user_is(checkout):
+  python = stand_in(checkout / ".venv" / "bin" / "python", 'echo "$PWD: $*"')
+  made_for = f"{checkout} test\n{(checkout / 'setup.py').read_text()}"
+  (python.parent.parent / "made_for").write_text(made_for)
+  done = local(checkout, BLIP3O_EXTRAS="test")
+  assert (done.returncode, done.stdout) == (0, "/: -m blip3o_jax --version\n"), done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="becomes another user")
+def test_local_says_where_it_cannot_write(checkout):
+  with tempfile.TemporaryDirectory() as folder:  # tmp_path is closed to others
+    os.chmod(folder, 0o755)
+    script = shutil.copytree(checkout, Path(folder) / "a b") / "launch" / "local.sh"
+    words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "bash", str(script), "--version"]
+    done = subprocess.run(words, cwd="/", capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}, timeout=60)
+  assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr

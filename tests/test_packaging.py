@@ -1,6 +1,8 @@
 """What an installation brings along: exactly what the package imports, neither torch nor tensorflow, and the assets."""
 
 import ast
+import json
+import math
 import re
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "blip3o_jax"
+README = (ROOT / "README.md").read_text()
 BASELINES = PACKAGE / "benchmarks" / "torch"  # what the extra `torch` is for; benchmarks.run opens it when asked to
 # Where the import is called otherwise than what is installed.
 MODULE_OF = {
@@ -104,3 +107,30 @@ def test_a_wheel_would_carry_configs_and_assets(tmp_path):
 def test_licence_is_apache():
   text = (ROOT / "LICENSE").read_text()
   assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def cut(figure):
+  """Two digits after the point, never rounded up."""
+  return f"{math.floor(100 * figure) / 100:.2f}"
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "benchmarks" / "record").glob("*.json")), ids=lambda file: file.stem)
+def test_the_readme_says_what_the_record_says(file):
+  record = json.loads(file.read_text())
+  against = [
+    other["ours_is_faster"]["median"] for case in record.get("cases", {}).values() for other in case["others"].values()
+  ]
+  if file.stem in ("checkpoint", "convert"):
+    against = [case["seconds"]["median"] for case in record["cases"].values()]
+  if file.stem == "train-step":
+    ratios = [
+      record["speedup"],
+      record["speedup_two_passes"],
+      *(o["ours_is_faster"] for o in record["others"].values()),
+    ]
+    against = [ratio[name] for ratio in ratios for name in ("median", "min", "max")]
+    against += [peak / 2**30 for peak in record["peak_bytes"].values()]
+  against += [curve["slope"] for curve in record.get("curves", {}).values()]
+  command = f"bench {file.stem}" if f"bench {file.stem}" in README else f"... {file.stem}`"
+  row = next(line for line in README.splitlines() if line.startswith("|") and command in line)
+  assert [cut(figure) for figure in against if cut(figure) not in row] == []
