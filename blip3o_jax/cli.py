@@ -33,6 +33,7 @@ _INPUT_ERRNOS = {
   errno.ENOSPC,
   errno.EDQUOT,
 }
+_AT_ONCE = "at once, in each process (default 32; made to divide over its devices)"
 _NO_SPACE = "No space left on device"
 _CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
 _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*")
@@ -149,6 +150,10 @@ def _loaded(added: argparse.ArgumentParser) -> None:
   added.add_argument(
     "--compile-cache", default=argparse.SUPPRESS, metavar="DIR", help="keeps compiled programs for the next start"
   )
+  _fsdp(added)
+
+
+def _fsdp(added: argparse.ArgumentParser) -> None:
   added.add_argument(
     "--fsdp",
     type=_positive,
@@ -159,7 +164,7 @@ def _loaded(added: argparse.ArgumentParser) -> None:
 
 
 def _drawing(added: argparse.ArgumentParser, seed: int = 0) -> None:
-  added.add_argument("--seed", type=int, default=seed, help=f"(default {seed})")
+  added.add_argument("--seed", type=_seed, default=seed, help=f"(default {seed})")
   added.add_argument("--guidance", type=float, default=argparse.SUPPRESS, help="(default: the model's own)")
   added.add_argument("--steps", type=_positive, default=argparse.SUPPRESS, help="(default: the model's own)")
   added.add_argument(
@@ -168,7 +173,7 @@ def _drawing(added: argparse.ArgumentParser, seed: int = 0) -> None:
     default=[],
     type=_setting,
     metavar="NAME=VALUE",
-    help="another setting of blip3o_jax.inference.image.Sampling, such as decoder_steps=20 or exact_times=true",
+    help="another setting of blip3o_jax.inference.image.Sampling, such as decoder_steps=20; may be given again",
   )
 
 
@@ -176,7 +181,7 @@ def _job(added: argparse.ArgumentParser, num: int) -> None:
   added.add_argument("--out", required=True, type=_local, metavar="DIR", help="of this job alone")
   added.add_argument("--num", type=_positive, default=num, help=f"pictures a prompt (default {num})")
   added.add_argument(
-    "--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N", help="pictures at once, in each process"
+    "--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N", help=f"pictures {_AT_ONCE}"
   )
 
 
@@ -218,29 +223,29 @@ def _add_talking(under) -> None:
 
   edit = _command(under, "edit", commands.edit)
   _loaded(edit)
-  edit.add_argument("--image", required=True, nargs="+", type=_local, metavar="FILE")
+  edit.add_argument("--image", required=True, nargs="+", type=_there, metavar="FILE")
   edit.add_argument("--instruction", default="", metavar="TEXT", help="(default: reconstruct, as the release does)")
   edit.add_argument("--out", required=True, type=_local, metavar="DIR", help="gets NAME-edited.png")
   _drawing(edit)
 
   chat = _command(under, "chat", commands.chat)
   _loaded(chat)
-  chat.add_argument("--image", nargs="+", default=[], type=_local, metavar="FILE", help="of the first turn")
+  chat.add_argument("--image", nargs="+", default=[], type=_there, metavar="FILE", help="of the first turn")
   chat.add_argument(
     "--prompt", nargs="+", metavar="TEXT", help="a turn each (default: lines of standard input; /help says more)"
   )
   chat.add_argument("--out", type=_local, metavar="DIR", help="of the pictures that /draw draws (default: here)")
-  chat.add_argument("--seed", type=int, default=0, help="of answers with a temperature and of pictures (default 0)")
+  chat.add_argument("--seed", type=_seed, default=0, help="of answers with a temperature and of pictures (default 0)")
   chat.add_argument(
     "--max-new-tokens", type=_positive, default=argparse.SUPPRESS, metavar="N", help="of an answer (default 1024)"
   )
   chat.add_argument("--temperature", type=float, default=argparse.SUPPRESS, help="(default 0: greedy)")
-  chat.add_argument("--top-p", type=float, default=argparse.SUPPRESS)
-  chat.add_argument("--top-k", type=_count, default=argparse.SUPPRESS)
+  chat.add_argument("--top-p", type=float, default=argparse.SUPPRESS, help="(default 1: of all words)")
+  chat.add_argument("--top-k", type=_count, default=argparse.SUPPRESS, help="(default 0: of all words)")
 
   reconstruct = _command(under, "reconstruct", commands.reconstruct)
   _loaded(reconstruct)
-  reconstruct.add_argument("--image", required=True, type=_local, metavar="FILE")
+  reconstruct.add_argument("--image", required=True, type=_there, metavar="FILE")
   reconstruct.add_argument("--out", required=True, type=_local, metavar="DIR", help="gets NAME-reconstructed.png")
 
   demo = _command(under, "demo", commands.demo)
@@ -287,6 +292,7 @@ def _add_data(under) -> None:
   shapes.add_argument("--shard-size", type=_positive, default=argparse.SUPPRESS, metavar="N")
   cache = _command(under, "cache-features", commands.cache_features)
   _model(cache)
+  _fsdp(cache)
   cache.add_argument(
     "--data", required=True, nargs="+", metavar="SHARDS", help="pictures with captions, as for training"
   )
@@ -318,9 +324,11 @@ def _add_data(under) -> None:
   _loaded(caption)
   caption.add_argument("--data", required=True, metavar="PATH", help="tar shards of pictures, .jsonl, ..., or a folder")
   caption.add_argument("--out", required=True, type=_local, metavar="DIR", help="of this job alone")
-  caption.add_argument("--style", choices=("long", "short"), default="long")
+  caption.add_argument("--style", choices=("long", "short"), default="long", help="(default long)")
   caption.add_argument("--prompt", metavar="TEXT", help="ask this (default: what the style asks)")
-  caption.add_argument("--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N")
+  caption.add_argument(
+    "--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N", help=f"pictures {_AT_ONCE}"
+  )
 
 
 def _add_bench(under) -> None:
@@ -363,9 +371,9 @@ def _add_eval(under) -> None:
   shapes = _command(under, "shapes", commands.eval_shapes)
   _loaded(shapes)
   shapes.add_argument("--out", required=True, type=_local, metavar="DIR")
-  shapes.add_argument("--split", choices=("heldout", "seen"), default="heldout")
+  shapes.add_argument("--split", choices=("heldout", "seen"), default="heldout", help="(default heldout)")
   shapes.add_argument("--num", type=_positive, default=4, help="pictures a prompt (default 4)")
-  shapes.add_argument("--seed", type=int, default=0)
+  shapes.add_argument("--seed", type=_seed, default=0, help="(default 0)")
   shapes.add_argument("--limit", type=_positive, metavar="N", help="this many prompts only")
   shapes.add_argument(
     "--questions", type=_local, metavar="DIR", help="understanding/ of a corpus: ask its held-out ones too"
@@ -384,9 +392,11 @@ def _add_eval(under) -> None:
     _drawing(added, seed=42)
   understanding = _command(under, "understanding", commands.eval_understanding)
   understanding.about = "blip3o_jax.evaluation.understanding"
-  _model(understanding)
+  _loaded(understanding)
   understanding.add_argument("--tasks", required=True, metavar="TASK,TASK", help="as lmms-eval calls them")
-  understanding.add_argument("--batch-size", type=_positive, default=16)
+  understanding.add_argument(
+    "--batch-size", type=_positive, default=argparse.SUPPRESS, metavar="N", help="questions at once (default 16)"
+  )
   understanding.add_argument("--limit", type=_positive, metavar="N", help="this many questions of each task only")
   understanding.add_argument("--out", metavar="DIR", help="of lmms-eval's own logs")
 
@@ -421,7 +431,7 @@ def _whole(low: int, high: float = float("inf")):
   return number
 
 
-_count, _positive, _port = _whole(0), _whole(1), _whole(0, 65535)
+_count, _positive, _port, _seed = _whole(0), _whole(1), _whole(0, 65535), _whole(0, 2**32 - 1)
 
 
 def _local(text: str) -> Path:
@@ -429,6 +439,13 @@ def _local(text: str) -> Path:
   if "://" in text:
     raise argparse.ArgumentTypeError(f"{text}: this needs a file system; mount the bucket and give the path there")
   return Path(text)
+
+
+def _there(text: str) -> Path:
+  """A picture that is there, which is known before weights are read."""
+  if not (path := _local(text)).exists():
+    raise argparse.ArgumentTypeError(f"{text}: no such image")
+  return path
 
 
 def _setting(text: str) -> tuple[str, object]:

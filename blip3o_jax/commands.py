@@ -5,7 +5,6 @@ Every command imports what it needs when it runs, so that `--help` and a mistype
 """
 
 import argparse
-import dataclasses
 import importlib
 import os
 import shlex
@@ -80,7 +79,8 @@ def eval_understanding(args: argparse.Namespace) -> None:
   """Run lmms-eval on a model."""
   from blip3o_jax.evaluation import understanding
 
-  understanding.run(args.model, args.tasks, batch_size=args.batch_size, limit=args.limit, out=args.out)
+  options = {"limit": args.limit, "out": args.out} | _given(args, "batch_size") | _loading(args)
+  understanding.run(args.model, args.tasks, **options)
 
 
 def edit(args: argparse.Namespace) -> None:
@@ -91,9 +91,9 @@ def edit(args: argparse.Namespace) -> None:
   out, stems = writable_folder(args.out), [image.stem for image in args.image]
   if twice := [stem for stem in stems if stems.count(stem) > 1]:
     raise UserError(f"two pictures would both become {twice[0]}-edited.png; edit them into different folders")
-  model = load_here(args.model, **_loading(args))
-  settings = dataclasses.asdict(model.sampling_with(**_settings(args)))
-  for stem, picture in zip(stems, model.edit(args.image, args.instruction, seed=args.seed, **settings), strict=True):
+  settings = _settings(args)
+  drawn = load_here(args.model, **_loading(args)).edit(args.image, args.instruction, seed=args.seed, **settings)
+  for stem, picture in zip(stems, drawn, strict=True):
     path = out / f"{stem}-edited.png"
     write_atomically(path, encode_png(picture))
     print(path)
@@ -167,7 +167,7 @@ def cache_features(args: argparse.Namespace) -> None:
   _start_job()
   from blip3o_jax.jobs import cache_features
 
-  options = _given(args, "resize", "dtype", "batch_size", "shard_size", "threads")
+  options = _given(args, "resize", "dtype", "fsdp", "batch_size", "shard_size", "threads")
   cache_features.run(args.model, args.data, args.out, **options)
 
 
@@ -262,8 +262,12 @@ def eval_shapes(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> dict:
-  """The settings of drawing that were given."""
-  return _given(args, "guidance", "steps") | dict(args.set)
+  """The settings of drawing that were given; what is wrong with them is told before weights are read."""
+  from blip3o_jax.inference.image import Sampling
+
+  settings = _given(args, "guidance", "steps") | dict(args.set)
+  Sampling().changed(**settings)
+  return settings
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict:

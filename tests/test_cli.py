@@ -1,6 +1,5 @@
 """The `blip3o` command: what it passes on, what it prints, and its exit statuses."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -17,7 +16,6 @@ import pytest
 
 from blip3o_jax import cli
 from blip3o_jax.errors import CheckFailed, Preempted, Problems, UserError
-from blip3o_jax.inference.image import Sampling
 
 
 def run(*words):
@@ -102,6 +100,14 @@ def test_a_bug_keeps_its_traceback(replace, error):
     ["demo", "--model", "m", "--port", "-1"],
     ["demo", "--model", "m", "--share"],
     ["data"],
+    # Before weights are read:
+    ["generate", "--model", "m", "--out", "o", "--prompt", "a", "--seed", "-1"],
+    ["generate", "--model", "m", "--out", "o", "--prompts", __file__, "--set", "form=poem"],
+    ["generate", "--model", "m", "--out", "o", "--prompt", "a", "--guidance", "nan"],
+    ["eval", "shapes", "--model", "m", "--out", "o", "--seed", str(2**32)],
+    ["edit", "--model", "m", "--out", "o", "--image", "none.png"],
+    ["reconstruct", "--model", "m", "--out", "o", "--image", "none.png"],
+    ["chat", "--model", "m", "--image", "none.png"],
     ["eval", "shapes", "--model", "m", "--out", "o", "--split", "other"],
     ["data", "make-shapes", "--out", "o", "--shard-size", "0"],
   ],
@@ -116,8 +122,8 @@ def test_usage_errors_are_one_line_and_2(capsys, words):
   "words",
   [
     ["generate", "--model", "m", "--prompt", "a"],
-    ["edit", "--model", "m", "--image", "a.png"],
-    ["reconstruct", "--model", "m", "--image", "a.png"],
+    ["edit", "--model", "m", "--image", __file__],
+    ["reconstruct", "--model", "m", "--image", __file__],
     ["chat", "--model", "m"],
     ["eval", "shapes", "--model", "m"],
     ["data", "inspect", "--config", "c.py"],
@@ -138,8 +144,8 @@ def test_no_folder_is_made_in_the_place_of_a_bucket(capsys, tmp_path, monkeypatc
 @pytest.mark.parametrize(
   "words",
   [
-    ["edit", "--model", "m", "--image", "a.png"],
-    ["reconstruct", "--model", "m", "--image", "a.png"],
+    ["edit", "--model", "m", "--image", __file__],
+    ["reconstruct", "--model", "m", "--image", __file__],
     ["chat", "--model", "m"],
     ["eval", "shapes", "--model", "m"],
     ["doctor"],
@@ -179,9 +185,6 @@ def test_demo_passes_on_where_to_listen(replace):
 
 class FakeModel:
   """Stands in for inference.model.Model."""
-
-  def sampling_with(self, **settings):
-    return Sampling().changed(**settings)
 
   def reconstruct(self, image):
     return [np.full((4, 4, 3), 7, np.uint8)]
@@ -265,22 +268,25 @@ def test_help_of_a_benchmark_says_how_to_score(capsys, name, words):
 def test_chat_edit_and_reconstruct(model, replace, tmp_path, capsys):
   called = []
   replace("blip3o_jax.apps.chat", chat=lambda *args, **settings: called.append((*args, settings)))
-  words = ["--image", "a", "b", "--prompt", "what?", "why?", "--temperature", "0.5"]
+  x, y = tmp_path / "x.jpg", tmp_path / "y.png"
+  x.touch()
+  y.touch()
+  words = ["--image", x, y, "--prompt", "what?", "why?", "--temperature", "0.5"]
   assert run("chat", "--model", "m", *words) == 0 and run("chat", "--model", "m") == 0
-  assert called[0] == (model, ["what?", "why?"], [Path("a"), Path("b")], Path("."), {"temperature": 0.5, "seed": 0})
+  assert called[0] == (model, ["what?", "why?"], [x, y], Path("."), {"temperature": 0.5, "seed": 0})
   assert called[1] == (model, None, [], Path("."), {"seed": 0})
   assert run("chat", "--model", "m", "--seed", 7, "--out", tmp_path / "new") == 0
   assert called[2] == (model, None, [], tmp_path / "new", {"seed": 7})
-  image = ["--image", tmp_path / "x.jpg", tmp_path / "y.png", "--out", tmp_path / "o"]
+  image = ["--image", x, y, "--out", tmp_path / "o"]
   assert run("edit", "--model", "m", *image, "--instruction", "bluer", "--steps", 3) == 0
-  assert model.asked == ("bluer", {"seed": 0, **dataclasses.asdict(Sampling(steps=3))})
+  assert model.asked == ("bluer", {"seed": 0, "steps": 3})
   assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["x-edited.png", "y-edited.png"]
-  assert run("reconstruct", "--model", "m", "--image", tmp_path / "x.jpg", "--out", tmp_path / "o") == 0
+  assert run("reconstruct", "--model", "m", "--image", x, "--out", tmp_path / "o") == 0
   assert (tmp_path / "o" / "x-reconstructed.png").is_file()
   capsys.readouterr()
   assert run("edit", "--model", "m", *image, "--set", "seed=5") == 2
   assert "sampling setting 'seed' is unknown" in capsys.readouterr().err
-  assert run("edit", "--model", "m", "--image", "a/x.png", "b/y.png", "b/x.jpg", "--out", tmp_path) == 2
+  assert run("edit", "--model", "m", "--image", x, y, x, "--out", tmp_path) == 2
   assert "two pictures would both become x-edited.png" in capsys.readouterr().err
 
 
@@ -315,6 +321,13 @@ def test_eval_shapes_prints_families_and_questions(replace, tmp_path, capsys):
   out = capsys.readouterr().out
   for words in ("colors            0.750    0.250", "overall           0.500    0.100", "0.625"):
     assert words in out
+
+
+def test_eval_understanding_passes_on_how_to_load(replace):
+  called = []
+  replace("blip3o_jax.evaluation.understanding", run=lambda *args, **options: called.append((args, options)))
+  assert run("eval", "understanding", "--model", "m", "--tasks", "mme", "--fsdp", 4) == 0
+  assert called == [(("m", "mme"), {"limit": None, "out": None, "fsdp": 4})]
 
 
 def test_quickstart_and_verify_pass_on_what_they_are_given(replace, tmp_path):

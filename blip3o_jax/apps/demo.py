@@ -113,13 +113,23 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _serve(blocks, listening: socket.socket) -> None:
-  import fastapi
-  import gradio
   import uvicorn
 
+  host, port = listening.getsockname()[:2]
+  print(f"open http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
+  server = uvicorn.Server(uvicorn.Config(_mounted(blocks), log_level="critical", timeout_graceful_shutdown=1))
+  server.run(sockets=[listening])
+
+
+def _mounted(blocks):
+  """The page as an ASGI application."""
+  import fastapi
+  import gradio
+
   # Mounted by ourselves, not by gradio's launch(): that looks for tunnels and updates, and waits long for open pages
-  # when it ends.
-  app = gradio.mount_gradio_app(
+  # when it ends. A page that has not launched takes any path of this machine for an upload, and copies and serves it.
+  blocks.has_launched = blocks.is_running = True
+  return gradio.mount_gradio_app(
     fastapi.FastAPI(openapi_url=None),
     blocks,
     path="/",
@@ -131,10 +141,6 @@ def _serve(blocks, listening: socket.socket) -> None:
     mcp_server=False,
     enable_monitoring=False,
   )
-  host, port = listening.getsockname()[:2]
-  print(f"open http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
-  server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
-  server.run(sockets=[listening])
 
 
 # ---- the page

@@ -1,7 +1,7 @@
 """`eval shapes`: does a model draw what held-out prompts say? Judged from pixels alone (DESIGN part 4).
 
 Leaves OUT/scores.json, OUT/grid.png (everything drawn, framed by the judge's verdict) and
-OUT/pictures/PROMPT-NUMBER.png.
+OUT/pictures/PROMPT-NUMBER.png, in a folder that is marked, as those of an earlier evaluation are removed.
 """
 
 import dataclasses
@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from blip3o_jax.data import shapes
+from blip3o_jax.data import shapes, transforms
 from blip3o_jax.data.outputs import encode_png, remove_stale, writable_folder, write_atomically
 from blip3o_jax.data.shapes import FAMILIES, INVERSE, Caption
 from blip3o_jax.errors import UserError
 from blip3o_jax.evaluation.shapes_judge import judge, satisfies
 from blip3o_jax.inference.model import load_here
+
+Question = tuple[np.ndarray | None, str, str]  # picture uint8 [H, W, 3] or None, question, answer
 
 SPLITS = ("heldout", "seen")
 _KINDS = {  # how a question begins -> what it asks; the first that fits
@@ -78,7 +80,8 @@ def run(
     limit: number of prompts, taken from the families in turn.
 
   Raises:
-    UserError: unknown split, `out_dir` cannot be written, no model, or no questions there.
+    UserError: unknown split, `out_dir` cannot be written or holds another command's pictures, no model, or no questions
+      there.
   """
   if split not in SPLITS:
     raise UserError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
@@ -114,13 +117,13 @@ def evaluate(
 ) -> ShapesScore:
   """What `run` does, for an open model: anything with the `generate` and `answer` of `inference.model.Model`."""
   out = Path(out_dir)
-  (out / "scores.json").unlink(
-    missing_ok=True
-  )  # of an earlier evaluation: written last, it says that the rest is whole
+  questions = read_heldout(questions_dir) if questions_dir else {}
+  _mark(out / "pictures")
+  # Of an earlier evaluation: written last, it says that the rest is whole.
+  (out / "scores.json").unlink(missing_ok=True)
   drawn = model.generate([caption.text for caption in captions], num=num, seed=seed)
   result, verdicts = score(captions, drawn)
-  if questions_dir:
-    result = dataclasses.replace(result, understanding=ask(model, questions_dir))
+  result = dataclasses.replace(result, understanding=ask(model, questions))
   _write_pictures(out / "pictures", drawn)
   write_atomically(out / "grid.png", encode_png(grid([c.text for c in captions], drawn, verdicts)))
   rows = [{"prompt": c.text, "spec": c.spec, "right": right} for c, right in zip(captions, verdicts, strict=True)]
@@ -187,26 +190,29 @@ def _claim(caption: Caption) -> tuple:
 # ---- questions
 
 
-def ask(model: Any, questions_dir: str | Path) -> dict[str, dict[str, float]]:
-  """Ask every held-out question of a corpus once, greedily; see `ShapesScore.understanding`."""
+def ask(model: Any, sets: Mapping[str, Sequence[Question]]) -> dict[str, dict[str, float]]:
+  """Ask every question once, greedily; see `ShapesScore.understanding`."""
   found = {}
-  for path in sorted(Path(questions_dir).glob("heldout*.jsonl")):
-    rows = read_questions(path)
+  for name, rows in sets.items():
     said = model.answer([picture for picture, *_ in rows], [question for _, question, _ in rows])
     right: dict[str, list[bool]] = {}
     for (_, question, truth), answer in zip(rows, said, strict=True):
       right.setdefault(kind_of(question), []).append(same_answer(answer, truth))
     everything = [r for kind in right.values() for r in kind]
-    found[path.stem] = {"overall": float(np.mean(everything))} | {k: float(np.mean(right[k])) for k in sorted(right)}
-  if not found:
-    raise UserError(
-      f"no heldout*.jsonl in {questions_dir}; give `understanding/` of a shapes corpus (data make-shapes)"
-    )
+    found[name] = {"overall": float(np.mean(everything))} | {k: float(np.mean(right[k])) for k in sorted(right)}
   return found
 
 
-def read_questions(path: str | Path, limit: int | None = None) -> list[tuple[np.ndarray | None, str, str]]:
-  """(picture uint8 [H, W, 3] or None, question, answer) of the first turn of every row of a questions file.
+def read_heldout(questions_dir: str | Path) -> dict[str, list[Question]]:
+  """The held-out questions of a corpus, by name of their set. Raises UserError where there are none."""
+  sets = {path.stem: read_questions(path) for path in sorted(Path(questions_dir).glob("heldout*.jsonl"))}
+  if not sets or not all(sets.values()):
+    raise UserError(f"no held-out questions in {questions_dir}; give understanding/ of a corpus of data make-shapes")
+  return sets
+
+
+def read_questions(path: str | Path, limit: int | None = None) -> list[Question]:
+  """The first turn of every row of a questions file.
 
   Raises:
     UserError: a line that is no such row.
@@ -268,15 +274,25 @@ def grid(
 
 
 def read_picture(path: str | Path) -> np.ndarray:
-  """An image file as uint8 [H, W, 3]."""
-  with Image.open(path) as picture:
-    return np.asarray(picture.convert("RGB"))
+  """An image file as uint8 [H, W, 3]. Raises UserError naming it, if it cannot be read."""
+  return np.asarray(transforms.open_picture(path))
+
+
+def _mark(folder: Path) -> None:
+  """Say that the pictures in a folder are an evaluation's. Raises UserError where another command's lie there."""
+  mark = folder / ".eval-shapes"
+  if not mark.exists() and any(map(_is_ours, folder.glob("*.png"))):
+    raise UserError(f"{folder} holds pictures of another command, which would be written over; give another --out")
+  write_atomically(mark, b"")
+
+
+def _is_ours(file: Path) -> bool:
+  return bool(re.fullmatch(r"\d{3,}-\d+\.png", file.name))
 
 
 def _write_pictures(folder: Path, drawn: Sequence[Sequence[np.ndarray]]) -> None:
-  for file in folder.glob("*.png"):
-    if re.fullmatch(r"\d{3,}-\d+\.png", file.name):  # of an evaluation with other prompts; what else lies there stays
-      file.unlink()
+  for file in filter(_is_ours, folder.glob("*.png")):  # of an evaluation with other prompts; what else lies there stays
+    file.unlink()
   pictures = {folder / f"{i:03d}-{n}.png": picture for i, row in enumerate(drawn) for n, picture in enumerate(row)}
   remove_stale(pictures)
   for path, picture in pictures.items():

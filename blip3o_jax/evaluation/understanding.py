@@ -30,15 +30,18 @@ def manifest() -> Any:
   return ModelManifest(model_id="blip3o_jax", simple_class_path=f"{__name__}.Blip3oJax")
 
 
-def run(model: str, tasks: str, *, batch_size: int = 16, limit: int | None = None, out: str | None = None) -> None:
-  """Run lmms-eval on a model in a process of its own.
+def run(
+  model: str, tasks: str, *, batch_size: int = 16, limit: int | None = None, out: str | None = None, **loading
+) -> None:
+  """Run lmms-eval on a model in a process of its own; `loading`: see inference.model.load_here.
 
   Raises:
     UserError: it is not installed. CheckFailed: it failed.
   """
   if importlib.util.find_spec("lmms_eval") is None:
     raise UserError("lmms-eval is not installed here; `pip install lmms-eval` (it brings torch)")
-  words = [sys.executable, "-m", "lmms_eval", "--model", "blip3o_jax", "--model_args", f"pretrained={model}"]
+  words = [sys.executable, "-m", "lmms_eval", "--model", "blip3o_jax", "--model_args"]
+  words += [",".join(f"{name}={value}" for name, value in {"pretrained": model, **loading}.items())]
   words += ["--tasks", tasks, "--batch_size", str(batch_size)]
   words += ["--limit", str(limit)] if limit else []
   words += ["--log_samples", "--output_path", out] if out else []
@@ -88,17 +91,25 @@ def _adapter() -> type:
   from lmms_eval.api.model import lmms
 
   class Blip3oJax(lmms):
-    """lmms-eval's view of a model of this package. `pretrained`, `fsdp`: see inference.model.load_here."""
+    """lmms-eval's view of a model of this package; its first three arguments: see inference.model.load_here."""
 
     is_simple = True
 
     def __init__(
-      self, pretrained="micro", batch_size=16, fsdp=1, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, **unused
+      self,
+      pretrained="micro",
+      fsdp=1,
+      compile_cache=None,
+      batch_size=16,
+      min_pixels=MIN_PIXELS,
+      max_pixels=MAX_PIXELS,
+      **unused,
     ):
       super().__init__()
       if unused := {key: value for key, value in unused.items() if key not in ("device", "max_batch_size")}:
-        raise UserError(f"model argument {min(unused)!r} is unknown; take pretrained, fsdp, min_pixels, max_pixels")
-      self.model, self.batch_size = load_here(pretrained, fsdp=int(fsdp)), int(batch_size)
+        known = "pretrained, fsdp, compile_cache, min_pixels, max_pixels"
+        raise UserError(f"model argument {min(unused)!r} is unknown; take {known}")
+      self.model, self.batch_size = load_here(pretrained, fsdp=int(fsdp), compile_cache=compile_cache), int(batch_size)
       pictures = self.model.prompts.pictures
       if isinstance(pictures, QwenPictures):  # SigLIP2 has one size for all
         limits = {"min_pixels": int(min_pixels), "max_pixels": int(max_pixels)}

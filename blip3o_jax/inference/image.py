@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blip3o_jax.data import templates
 from blip3o_jax.diffusion.dpm_solver import DPMSolverConfig, sample_dpm_solver
 from blip3o_jax.diffusion.euler_discrete import sample_euler_discrete
 from blip3o_jax.diffusion.guidance import null_first
@@ -34,6 +35,13 @@ _KINDS = {  # of settings: what is taken for one, and its name
   bool: (bool, "true or false"),
   str: (str, "a word"),
   tuple: ((list, tuple), "two noise levels, [low, high]"),
+}
+_WORDS = {  # that a setting may be
+  "solver": SOLVERS,
+  "decoder_solver": DECODER_SOLVERS,
+  "decoder_null": DECODER_NULLS,
+  "form": templates.FORMS,
+  "wording": tuple(templates.WORDINGS),
 }
 
 
@@ -87,7 +95,7 @@ class Sampling:
       ends = getattr(self, name)
       if len(ends) != 2 or any(isinstance(end, str) for end in ends) or not 0 <= ends[0] <= ends[1] <= 1:
         raise UserError(f"{name} is {list(ends)}; give two noise levels, 0 <= low <= high <= 1")
-    for name, known in (("solver", SOLVERS), ("decoder_solver", DECODER_SOLVERS), ("decoder_null", DECODER_NULLS)):
+    for name, known in _WORDS.items():
       if getattr(self, name) not in known:
         raise UserError(f"{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
 

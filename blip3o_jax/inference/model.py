@@ -267,15 +267,19 @@ class Model:
     """A request as `draw` takes it. Raises UserError for what cannot be drawn."""
     return self.prompts.to_draw(request, form=sampling.form, wording=sampling.wording)
 
+  def rounded(self, size: int) -> int:
+    """`size`, or the next number above it that divides over the mesh: a batch costs no less."""
+    places = 1 if self.mesh is None else rules.places(self.mesh)
+    return -(-size // places) * places
+
   def batches(self, items: list, size: int) -> Iterator[tuple[list, int]]:
     """Parts of equal size (one program), the last filled up with its first item; also how many of a part are real.
 
     Fewer items than `size` make one part, rounded up to a power of two. A part divides over the mesh.
     """
-    places = 1 if self.mesh is None else rules.places(self.mesh)
     if items and len(items) < size:
       size = min(size, 1 << (len(items) - 1).bit_length())
-    size = -(-size // places) * places
+    size = self.rounded(size)
     for start in range(0, len(items), size):
       part = items[start : start + size]
       yield part + part[:1] * (size - len(part)), len(part)
@@ -405,6 +409,8 @@ class Model:
 
   def _stream(self, rows, seed: int, sampling: talking.Sampling) -> Iterator[list[str]]:
     """Pieces of every answer. What may still change waits: half a character, and blanks that may be the last."""
+    if not rows:
+      return
     part, real = next(self.batches(list(enumerate(rows)), max(len(rows), 4 * self.batch_size)))
     keys = drawing.picture_keys(seed, [i for i, _ in part])
     told = [""] * real

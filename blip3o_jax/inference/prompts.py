@@ -1,11 +1,12 @@
 """What a user asks, made ready on the host: messages and pictures in, padded arrays out.
 
 A request is a text or a dialogue: a list of messages {"role": "user", "content": ...}, as most chat libraries write
-them. Content is a text, or a list of texts and pictures in their order; {"type": "text", "text": ...} and
+them. Content is a text, a picture, or a list of both in their order; {"type": "text", "text": ...} and
 {"type": "image", "image": ...} are understood too. Roles are "user", "assistant" and, for the first message, "system".
 """
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -132,10 +133,14 @@ class Prompts:
       pictures = [[transforms.square(p, side, "squash") for p in row] for row in pictures]
     read = [[self.pictures.read(picture) for picture in row] for row in pictures]
     places = [[self.pictures.place(one) for one in row] for row in read]
-    said = template(self.tokenizer, messages, places if any(pictures) else None)
+    said, seen = template(self.tokenizer, messages, places if any(pictures) else None), tuple(itertools.chain(*read))
     if len(said) > longest:
       raise UserError(f"the prompt has {len(said)} tokens, {longest} are the most; shorten it")
-    return Row(said, tuple(one for row in read for one in row))
+    # Written in the words it would be filled, or not, by what the batch has beside it.
+    if self.pictures and said.count(self.pictures.image_token) != sum(map(self.pictures.tokens, seen)):
+      word = self.tokenizer.decode([self.pictures.image_token], skip_special=False)
+      raise UserError(f"the words hold {word}, which stands for a picture; leave it out")
+    return Row(said, seen)
 
 
 def _read(request: Dialogue) -> tuple[list[tuple[str, str]], list[list[Image.Image]]]:
@@ -146,16 +151,24 @@ def _read(request: Dialogue) -> tuple[list[tuple[str, str]], list[list[Image.Ima
   for i, one in enumerate(request):
     if one.get("role") not in ROLES or "content" not in one:
       raise UserError(f"message {i} needs a role of {', '.join(ROLES)} and a content; it has {dict(one)!r:.80}")
-    content = [one["content"]] if isinstance(one["content"], str | Mapping) else one["content"]
-    parts = [part.get(part.get("type")) if isinstance(part, Mapping) else part for part in content]
-    # A path is a Path, or marked as an image: a bare string is a text.
-    marked = [isinstance(part, Mapping) and part.get("type") == "image" for part in content]
-    is_text = [isinstance(part, str) and not image for part, image in zip(parts, marked, strict=True)]
-    text = "".join(part if told else "<image>" for part, told in zip(parts, is_text, strict=True))
+    content = one["content"] if isinstance(one["content"], list | tuple) else [one["content"]]
+    parts = [_part(part) for part in content]
+    text = "".join("<image>" if is_picture else part for part, is_picture in parts)
     if one["role"] == "user" and not text.strip():
       raise UserError(f"message {i} is empty; say something")
     messages.append((one["role"], text))
-    pictures.append([transforms.open_picture(p) for p, told in zip(parts, is_text, strict=True) if not told])
+    pictures.append([transforms.open_picture(part) for part, is_picture in parts if is_picture])
   if messages[-1][0] != "user":
     raise UserError(f"the last message is the {messages[-1][0]}'s; a dialogue is answered where the user spoke last")
   return messages, pictures
+
+
+def _part(part: Any) -> tuple[Any, bool]:
+  """A part of a message, and whether it is a picture. A path is a Path, or marked as one: a bare string is a text."""
+  if not isinstance(part, Mapping):
+    return part, not isinstance(part, str)
+  kind = next((kind for kind in ("text", "image") if part.get("type") == kind and kind in part), None)
+  if kind is None or (kind == "text" and not isinstance(part["text"], str)):
+    known = '{"type": "text", "text": TEXT} or {"type": "image", "image": PICTURE}'
+    raise UserError(f"{dict(part)!r:.80} is no part of a message; give {known}")
+  return part[kind], kind == "image"

@@ -5,10 +5,13 @@ Writes tar shards that pretraining reads, OUT/shards/000012.tar with KEY.jpg and
 bytes that came in. Sharded over processes and resumable by shard (jobs.parts).
 """
 
+import collections
 import functools
 import io
+import itertools
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +22,6 @@ from blip3o_jax.data.outputs import remove_stale, writable_folder
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
 from blip3o_jax.inference.model import Model, load_here
-from blip3o_jax.inference.prompts import Row
 from blip3o_jax.jobs.parts import Parts, Progress, closing
 
 STYLES = {  # what is asked, and the tokens that an answer may have
@@ -27,6 +29,7 @@ STYLES = {  # what is asked, and the tokens that an answer may have
   "short": ("Describe the given image in one short sentence.", 48),
 }
 _SHARD = 1024  # pictures of a shard, which is what a kill can cost
+_Captioned = tuple[bytes, str] | str  # a picture and its caption, or why there is none
 
 
 def run(
@@ -56,44 +59,51 @@ def run(
   words, tokens = STYLES[style]
   asked = prompt or words
   facts = {"data": os.fspath(data), "model": model.digest, "prompt": asked, "max_new_tokens": tokens}
-  parts = Parts(out, len(source), facts, largest=_SHARD)
-  _caption_all(model, source, parts, asked, model.talk_settings(max_new_tokens=tokens), batch_size or model.batch_size)
+  parts, size = Parts(out, len(source), facts, largest=_SHARD), model.rounded(batch_size or model.batch_size)
+  _caption_all(model, source, parts, asked, model.talk_settings(max_new_tokens=tokens), size)
   return closing(parts, "pictures")
 
 
 def _caption_all(model: Model, source, parts: Parts, asked: str, sampling, size: int) -> None:
-  todo = parts.unfinished()
+  todo, done = collections.deque(parts.unfinished()), dict[int, _Captioned]()
   progress = Progress(sum(map(len, todo)), "pictures")
-  batches = [(part, part[i : i + size]) for part in todo for i in range(0, len(part), size)]
+  order = list(itertools.chain(*todo))  # a batch may hold several parts, which are small where pictures are few
+  batches = [order[i : i + size] for i in range(0, len(order), size)]
   read = functools.partial(_read, model, source, asked)
-  records, members = [], []
   with ThreadPoolExecutor(1, "read") as reader:  # the next batch is read while this one is captioned
-    ahead = [reader.submit(read, inputs) for _, inputs in batches[:1]]
-    for i, (part, inputs) in enumerate(batches):
+    ahead = [reader.submit(read, inputs) for inputs in batches[:1]]
+    for i, inputs in enumerate(batches):
       samples, bad = ahead.pop().result()
-      ahead += [reader.submit(read, later) for _, later in batches[i + 1 : i + 2]]
+      ahead += [reader.submit(read, later) for later in batches[i + 1 : i + 2]]
       captions = model.reply([row for *_, row in samples], sampling, size=size)
-      path = parts.out / "shards" / f"{part.start // parts.size:06d}.tar"
-      records += bad
+      done |= bad
       for (index, content, _), caption in zip(samples, captions, strict=True):
-        if not caption:
-          records.append(_told(index, f"picture {index} was given no words"))
-          continue
-        key = f"{index:09d}"
-        members += [(f"{key}.{_extension(content)}", content), (f"{key}.txt", caption.encode())]
-        records.append({"row": index, "file": path.name, "key": key, "caption": caption})
+        done[index] = (content, caption) if caption else _told(f"picture {index} was given no words")
       progress.add(len(inputs))
-      if inputs[-1] == part[-1]:
-        remove_stale([path])
-        if members:
-          tars.write(path, members)
-        parts.finish(part, sorted(records, key=lambda record: record["row"]))
-        records, members = [], []
+      while todo and todo[0][-1] in done:
+        part = todo.popleft()
+        _write(parts, part, [(index, done.pop(index)) for index in part])
 
 
-def _read(model: Model, source, asked: str, inputs: range) -> tuple[list[tuple[int, bytes, Row]], list[dict]]:
-  """(number, bytes, row to answer) of the pictures that can be read, and records of those that cannot."""
-  samples, bad = [], []
+def _write(parts: Parts, part: range, captioned: Sequence[tuple[int, _Captioned]]) -> None:
+  """The shard of a part, if any of its pictures has a caption, and its records."""
+  path, members, records = parts.out / "shards" / f"{part.start // parts.size:06d}.tar", [], []
+  for index, one in captioned:
+    if isinstance(one, str):
+      records.append({"row": index, "error": one})
+      continue
+    key, (content, caption) = f"{index:09d}", one
+    members += [(f"{key}.{_extension(content)}", content), (f"{key}.txt", caption.encode())]
+    records.append({"row": index, "file": path.name, "key": key, "caption": caption})
+  remove_stale([path])
+  if members:
+    tars.write(path, members)
+  parts.finish(part, records)
+
+
+def _read(model: Model, source, asked: str, inputs: Sequence[int]):
+  """(number, bytes, row to answer) of the pictures that can be read, and what is wrong with those that cannot."""
+  samples, bad = [], dict[int, str]()
   for index in inputs:
     try:
       record = source[index]
@@ -103,7 +113,7 @@ def _read(model: Model, source, asked: str, inputs: range) -> tuple[list[tuple[i
       row = model.prompts.to_answer([{"role": "user", "content": [picture, asked]}])
       samples.append((index, record["image"], row))
     except UserError as error:
-      bad.append(_told(index, str(error)))
+      bad[index] = _told(str(error))
   return samples, bad
 
 
@@ -112,6 +122,6 @@ def _extension(content: bytes) -> str:
   return {"PNG": "png", "WEBP": "webp"}.get(Image.open(io.BytesIO(content)).format, "jpg")
 
 
-def _told(index: int, error: str) -> dict:
+def _told(error: str) -> str:
   print(f"blip3o: {error}", file=sys.stderr, flush=True)
-  return {"row": index, "error": error}
+  return error

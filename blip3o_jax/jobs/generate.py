@@ -63,10 +63,10 @@ class Rows(PromptFile):
     row, where = self[index], f"{self.where}: line {self.line(index)}"
     if (seed := row.get("seed", 0)) is not None and not (type(seed) is int and 0 <= seed < 2**32):
       raise UserError(f"{where}: seed {seed!r} is no number from 0 to 2^32 - 1")
-    if "image" in row:
-      if not isinstance(row["image"], str):
+    if (image := row.pop("image", None)) is not None:
+      if not isinstance(image, str):
         raise UserError(f'{where}: "image" is no path')
-      row["image"] = str(self.where.parent / row["image"])
+      row["image"] = str(self.where.parent / image)
     return row
 
   def files(self, index: int, num: int) -> list[str]:
@@ -137,7 +137,7 @@ def run(
   sampling = model.sampling_with(**(settings or {}))
   facts = {"prompts": prompts.digest, "model": model.digest, "num": num, "seed": seed}
   parts = Parts(out, len(prompts), {**facts, "settings": dataclasses.asdict(sampling)})
-  _Job(model, prompts, parts, sampling, num, seed).run(batch_size or model.batch_size)
+  _Job(model, prompts, parts, sampling, num, seed).run(model.rounded(batch_size or model.batch_size))
   return closing(parts, "rows")
 
 

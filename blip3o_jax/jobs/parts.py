@@ -46,7 +46,7 @@ class Parts:
       (there,), _ = read_json([stored])
       if not isinstance(there, dict):
         raise UserError(f"{stored} is not of a job; give another folder")
-      if changed := differences(there, facts).values():
+      if changed := differences(_flat(there), _flat(facts)).values():
         raise UserError(f"{self.out} holds another job: its {'; '.join(changed)}; give another folder")
     write_atomically(stored, (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
 
@@ -80,6 +80,12 @@ class Parts:
 
   def _file(self, part: int) -> Path:
     return self.out / "parts" / f"{part:06d}.jsonl"
+
+
+def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+  """Settings within facts in the place of all of them, so that one that differs is named."""
+  settings = facts.get("settings")
+  return {**facts, "settings": None, **settings} if isinstance(settings, Mapping) else dict(facts)
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
@@ -126,6 +132,7 @@ def closing(parts: Parts, what: str) -> str:
   if errors:
     raise UserError(
       f"{len(errors)} of {parts.inputs} {what} could not be used, the others are done; "
-      f"grep '\"error\"' {parts.out / 'manifest.jsonl'} lists them"
+      f"grep '\"error\"' {parts.out / 'manifest.jsonl'} lists them; once they are mended, `grep -rl '\"error\"' "
+      f"{parts.out / 'parts'} | xargs rm` and the same command try them again"
     )
   return f"{parts.out / 'manifest.jsonl'}"

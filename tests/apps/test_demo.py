@@ -63,6 +63,33 @@ def test_the_page_takes_turns_and_starts_from_the_settings_of_the_model(tiny_dir
   assert not list(Path(demo.__file__).parent.glob("*.pyi"))  # gradio writes one beside whatever derives from its parts
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")
+def test_only_what_was_uploaded_is_read(tiny_directory, tmp_path, monkeypatch):
+  """A request may name any path of the server; Gradio must not take it for an upload, copy it and serve the copy."""
+  pytest.importorskip("gradio")
+  client = pytest.importorskip("starlette.testclient").TestClient
+  monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+  secret, mine = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+  secret.save(tmp_path / "secret.png")
+  mine.save(tmp_path / "mine.png")
+  blocks = demo.page(Buttons(blip3o_jax.load(tiny_directory), tmp_path / "cache"))
+  reconstruct = [event["id"] for event in blocks.get_config_file()["dependencies"] if event["types"]["generator"]][-1]
+
+  def status(path):
+    picture = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+    asked = {"data": [picture, 0], "fn_index": reconstruct, "session_hash": path.stem}
+    browser.post("/gradio_api/queue/join", json=asked).raise_for_status()
+    with browser.stream("GET", f"/gradio_api/queue/data?session_hash={path.stem}") as lines:
+      told = [json.loads(line.removeprefix("data: ")) for line in lines.iter_lines() if line]
+    return json.dumps(told[-2]["output"])
+
+  with client(demo._mounted(blocks)) as browser:
+    assert "error" in status(tmp_path / "secret.png") and not list(tmp_path.glob("cache/*/secret.png"))
+    with open(tmp_path / "mine.png", "rb") as file:
+      (upload,) = browser.post("/gradio_api/upload", files={"files": file}).json()
+    assert "Done" in status(Path(upload))
+
+
 @pytest.fixture
 def outside(monkeypatch):
   """A proxy that answers nobody: whatever the server wants from elsewhere knocks here."""
@@ -194,6 +221,8 @@ def test_the_page_in_a_browser(browser, server, outside, tmp_path):
   page.click("#say")
   page.wait("#talk-status", "Answered · ")
   page.wait("#chat .bot", "purple")
+  page.click("#say")
+  page.wait("#talk-status [role=alert]", "the message is empty; say something")
   page.type("#asked textarea", "a yellow circle")
   page.click("#draw-next")
   page.wait("#talk-status", "Drawn · ")

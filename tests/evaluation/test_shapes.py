@@ -71,8 +71,7 @@ def test_a_painter_that_does_not_listen_scores_what_the_control_scores(captions,
 
 
 def test_what_is_left_on_disk(captions, tmp_path):
-  (tmp_path / "pictures").mkdir()
-  (tmp_path / "pictures" / "999-0.png").write_bytes(b"of an earlier run")
+  evaluation.evaluate(Painter(), captions[:4], tmp_path, num=1)
   (tmp_path / "pictures" / ".000-0.png.0a1b2c3d.tmp").write_bytes(b"of a killed one")
   theirs = ["2024-01-holiday.png", "999-0.jpg", "cat.png"]
   for name in theirs:
@@ -81,11 +80,20 @@ def test_what_is_left_on_disk(captions, tmp_path):
   stored = json.loads((tmp_path / "scores.json").read_text())
   assert [row["prompt"] for row in stored["prompts"]] == [c.text for c in captions[:3]]
   assert stored["prompts"][0]["right"] == [True, True]
-  own = [f"{i:03}-{n}.png" for i in range(3) for n in (0, 1)]
+  own = [".eval-shapes", *(f"{i:03}-{n}.png" for i in range(3) for n in (0, 1))]
   assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == sorted(own + theirs)
   with Image.open(tmp_path / "grid.png") as sheet:
     assert sheet.size[0] > 2 * 128 * 3 and sheet.size[1] > 128
   assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_pictures_of_another_command_are_left_alone(captions, tmp_path):
+  """Those of `generate` have the same names. Nothing is drawn."""
+  (tmp_path / "pictures").mkdir()
+  (tmp_path / "pictures" / "000-0.png").write_bytes(b"of generate")
+  with pytest.raises(UserError, match="pictures holds pictures of another command"):
+    evaluation.evaluate(None, captions[:1], tmp_path)
+  assert (tmp_path / "pictures" / "000-0.png").read_bytes() == b"of generate"
 
 
 def test_overall_is_the_mean_of_family_means_and_the_error_counts_prompts(monkeypatch):
@@ -138,9 +146,16 @@ def test_what_a_question_asks_for():
 def test_bad_input_is_told(tmp_path):
   with pytest.raises(UserError, match="split"):
     evaluation.run("micro", tmp_path, split="trained")
-  with pytest.raises(UserError, match="make-shapes"):
-    evaluation.ask(Painter(), tmp_path)
+  (tmp_path / "heldout.jsonl").touch()
+  for folder in (tmp_path / "none", tmp_path):
+    with pytest.raises(UserError, match="make-shapes"):  # before anything is drawn
+      evaluation.evaluate(None, evaluation.prompts(limit=1), tmp_path / "out", questions_dir=folder)
   for line, words in (("{", "JSONDecodeError"), ('{"image": null}', "KeyError"), ("[]", "TypeError")):
     (tmp_path / "heldout.jsonl").write_text(line)
     with pytest.raises(UserError, match=f"heldout.jsonl: line 1 is no question .{words}"):
-      evaluation.ask(Painter(), tmp_path)
+      evaluation.read_heldout(tmp_path)
+  (tmp_path / "broken.png").write_bytes(b"no picture")
+  row = {"image": "broken.png", "conversations": [{"value": "<image>\nwhat?"}, {"value": "red"}]}
+  (tmp_path / "heldout.jsonl").write_text(json.dumps(row))
+  with pytest.raises(UserError, match=r"broken.png: not an image"):
+    evaluation.read_heldout(tmp_path)

@@ -86,6 +86,8 @@ def test_the_command(lmms_eval, monkeypatch):
   understanding.run("DIR", "mme,mmmu_val", limit=5)
   words = ["--model", "blip3o_jax", "--model_args", "pretrained=DIR", "--tasks", "mme,mmmu_val", "--batch_size", "16"]
   assert called == [[sys.executable, "-m", "lmms_eval", *words, "--limit", "5"]]
+  understanding.run("DIR", "mme", fsdp=4)  # a model too large for one device
+  assert "pretrained=DIR,fsdp=4" in called[1]
   monkeypatch.setattr(subprocess, "run", lambda words: types.SimpleNamespace(returncode=3))
   with pytest.raises(CheckFailed, match="status 3"):
     understanding.run("DIR", "mme")

@@ -164,7 +164,7 @@ def test_answers(model, picture):
   assert words[1] == model.chat("is red a colour?", max_new_tokens=4)
   assert words[2] == model.chat(ask(blue, "\n", question), max_new_tokens=4)
   assert words[0] != words[2]
-  assert model.answer([], []) == []
+  assert model.answer([], []) == [] and list(model.chat([], stream=True)) == []
 
 
 def test_bad_input_is_told_in_one_line(model, picture, directory, tmp_path):
@@ -184,7 +184,8 @@ def test_bad_input_is_told_in_one_line(model, picture, directory, tmp_path):
     (lambda: model.generate("a circle", guidance="much"), "guidance is 'much'; give a number"),
     (lambda: model.generate("a circle", exact_times=1), "exact_times is 1; give true or false"),
     (lambda: model.generate("a circle", guidance_interval=["low", "high"]), "give two noise levels"),
-    (lambda: model.generate("a circle", wording="poem"), "'poem'"),
+    (lambda: model.generate("a circle", wording="poem"), "^wording 'poem' is unknown; choose one of release, paper"),
+    (lambda: model.sampling_with(form="poem"), "^form 'poem' is unknown; choose one of inference, training"),
     (lambda: model.reconstruct(picture, brightness=2), "setting 'brightness' is unknown"),
     (lambda: model.reconstruct(picture, steps=5), "'steps' does not bear on a reconstruction; these do: decoder_steps"),
     (lambda: model.edit(picture, "bluer", num=3), "setting 'num' is unknown"),
@@ -267,4 +268,5 @@ def test_parts_divide_over_all_that_a_batch_is_cut_over(model):
   sliced = Model(model.model, model.params, model.tokenizer, model.pictures, model.sampling, mesh=mesh)
   assert list(sliced.batches([1, 2, 3, 4, 5], 2)) == [([1, 2, 3, 4], 4), ([5] * 4, 1)]
   assert list(sliced.batches([1], 8)) == [([1] * 4, 1)]
+  assert [sliced.rounded(size) for size in (1, 4, 6)] == [4, 4, 8] and model.rounded(3) == 3
   assert list(model.batches([1, 2, 3], 2)) == [([1, 2], 2), ([3, 3], 1)]

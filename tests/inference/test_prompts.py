@@ -66,6 +66,12 @@ def test_a_dialogue_of_several_turns_and_pictures(prompts):
   assert (batch.positions[0, 1] != batch.positions[0, 2]).any()  # rows and columns of the pictures
 
 
+def test_a_picture_alone_may_be_the_content(prompts):
+  alone, listed = ([{"role": "user", "content": content}] for content in (RED, [RED]))
+  assert prompts.to_answer(alone).tokens == prompts.to_answer(listed).tokens
+  assert prompts.to_answer([{"role": "user", "content": np.asarray(RED)}]).tokens == prompts.to_answer(listed).tokens
+
+
 def test_a_system_message_takes_the_place_of_the_usual_one(prompts):
   row = prompts.to_answer([{"role": "system", "content": "Be brief."}, user("hello")])
   assert text_of(prompts, row).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello")
@@ -111,7 +117,14 @@ def test_what_is_refused(prompts):
       "last message is the assistant's",
     ),
     (lambda: prompts.to_answer([user("what is <image>?", RED)]), "1 pictures but 2 <image>"),
+    # Else what they stand for would depend on the rows beside them.
+    (lambda: prompts.to_draw("a <|image_pad|>"), r"the words hold <\|image_pad\|>, which stands for a picture; leave"),
+    (lambda: prompts.to_answer([user(RED, "<|image_pad|>?")]), "which stands for a picture"),
     (lambda: prompts.to_answer([user(None, "hi")]), "a picture is a NoneType"),
+    (lambda: prompts.to_answer([{"role": "user", "content": None}]), "a picture is a NoneType"),
+    # As other libraries write it: a path taken for words would be answered without a look at the picture.
+    (lambda: prompts.to_answer([user({"type": "image_url", "image_url": "a.png"})]), "a.png'} is no part of a message"),
+    (lambda: prompts.to_answer([user({"type": "text", "text": RED})]), "is no part of a message"),
     (lambda: prompts.to_answer([user(Image.new("RGB", (4000, 10)), "hi")]), "too long and thin"),
   ]
   for run, words in cases:

@@ -131,6 +131,8 @@ def test_refusals(world, cached, tmp_path):
   )
   with pytest.raises(UserError, match="has no clip"):
     cache_features.run(str(tmp_path / "m"), str(world / "data"), tmp_path / "out")
+  with pytest.raises(UserError, match="does not fit 1 devices"):
+    cache(world, tmp_path / "out", fsdp=2)
   assert not (tmp_path / "out").exists()
   for task, path, words in [
     ("generation", cached, "holds features"),

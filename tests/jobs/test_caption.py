@@ -36,8 +36,13 @@ def data(tmp_path):
 def test_shards_that_pretraining_reads(tiny_directory, data, tmp_path, monkeypatch, capsys):
   folder, contents = data
   monkeypatch.setitem(caption.STYLES, "long", (caption.STYLES["long"][0], 6))  # six tokens do
+  asked, real = [], Model.reply
+  monkeypatch.setattr(
+    Model, "reply", lambda self, rows, *args, **kw: asked.append(len(rows)) or real(self, rows, *args, **kw)
+  )
   with pytest.raises(UserError, match="1 of 5 pictures could not be used, the others are done"):
     caption.run(tiny_directory, folder, tmp_path / "out", batch_size=2)
+  assert asked == [2, 1, 1]  # not one by one, though each is a part; the third is the broken one
   assert capsys.readouterr().err.count("blip3o: ") == 1
   source = open_source(str(tmp_path / "out" / "shards"))
   model = blip3o_jax.load(tiny_directory)
@@ -53,10 +58,7 @@ def test_shards_that_pretraining_reads(tiny_directory, data, tmp_path, monkeypat
   assert [r["caption"] for r in records if "error" not in r] == want
 
   # Going on: one shard is missing, and only its pictures are read again.
-  asked, real = [], Model.reply
-  monkeypatch.setattr(
-    Model, "reply", lambda self, rows, *args, **kw: asked.append(len(rows)) or real(self, rows, *args, **kw)
-  )
+  asked.clear()
   (tmp_path / "out" / "parts" / "000003.jsonl").unlink()
   with pytest.raises(UserError, match="1 of 5"):
     caption.run(tiny_directory, folder, tmp_path / "out", batch_size=2)

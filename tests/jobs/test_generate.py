@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -48,7 +50,8 @@ def pixels(path):
 
 def test_every_picture_of_every_prompt(tiny_directory, tmp_path, drawn, capsys):
   """As `Model.generate` draws it; its file says what it is, and so does the manifest."""
-  file = write(tmp_path / "p.jsonl", {"prompt": PROMPTS[0]}, "", *({"prompt": p, "seed": 7} for p in PROMPTS[1:]))
+  nothing = {"prompt": PROMPTS[0], "seed": None, "image": None}  # as tables that lack them are written
+  file = write(tmp_path / "p.jsonl", nothing, "", *({"prompt": p, "seed": 7} for p in PROMPTS[1:]))
   told = run(tiny_directory, file, tmp_path / "out", seed=3)
   assert told == str(tmp_path / "out" / "manifest.jsonl") and drawn == [2] * 5
   assert "10 of 10 pictures" in capsys.readouterr().err
@@ -67,6 +70,13 @@ def test_every_picture_of_every_prompt(tiny_directory, tmp_path, drawn, capsys):
     text = Image.open(picture).text
     assert (text["prompt"], text["seed"], text["model"]) == (record["prompt"], str(record["seed"]), model.digest)
     assert json.loads(text["settings"]) == record["settings"] and text["number"] == str(record["number"])
+
+
+def test_a_batch_that_does_not_divide_over_the_mesh_is_made_larger(tiny_directory, tmp_path, drawn, monkeypatch):
+  """What it would be filled up with costs as much as pictures that are asked for."""
+  monkeypatch.setattr(Model, "rounded", lambda self, size: -(-size // 2) * 2)  # as on two devices
+  run(tiny_directory, write(tmp_path / "p.jsonl", {"prompt": PROMPTS[0]}), tmp_path / "out", num=4, batch_size=1)
+  assert drawn == [2, 2]
 
 
 def test_going_on_draws_what_is_missing(tiny_directory, tmp_path, drawn):
@@ -137,7 +147,11 @@ def test_bad_rows_leave_the_others_unharmed(tiny_directory, tmp_path, capsys):
   records = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
   assert [r["row"] for r in records if "error" not in r] == [0, 0, 6, 6]
   assert len(list((tmp_path / "out").rglob("*.png"))) == 4
-  with pytest.raises(UserError, match="10 of 12 rows"):  # and says so again
+  with pytest.raises(UserError, match="10 of 12 rows") as told:  # and says so again
+    run(tiny_directory, file, tmp_path / "out")
+  Image.new("RGB", (24, 24)).save(tmp_path / "nowhere.png")
+  subprocess.run(re.search("`(.*)`", str(told.value))[1], shell=True, check=True)
+  with pytest.raises(UserError, match="9 of 12 rows"):
     run(tiny_directory, file, tmp_path / "out")
 
 

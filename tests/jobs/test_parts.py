@@ -62,6 +62,10 @@ def test_another_job_is_refused(tmp_path):
     with pytest.raises(UserError, match=words):
       Parts(tmp_path, inputs, FACTS | facts)
   assert json.loads((tmp_path / "job.json").read_text()) == FACTS | {"inputs": 5}
+  settings = {f"setting_{i}": i for i in range(100)}  # all of them are too long to be told
+  Parts(tmp_path / "set", 5, {"settings": settings})
+  with pytest.raises(UserError, match="holds another job: its setting_99 was 99, is 0; give"):
+    Parts(tmp_path / "set", 5, {"settings": settings | {"setting_99": 0}})
 
 
 @pytest.mark.parametrize("content", ["[1]", "{"])
