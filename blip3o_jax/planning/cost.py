@@ -55,6 +55,11 @@ class Bounds:
     return max(self.compute, self.hbm, self.ici, self.dcn)
 
   @property
+  def total(self) -> float:
+    """One after the other, as if nothing ran beside anything else."""
+    return self.compute + self.hbm + self.ici + self.dcn
+
+  @property
   def by(self) -> str:
     """Which of them is the largest."""
     return max(dataclasses.asdict(self).items(), key=lambda item: item[1])[0]

@@ -6,6 +6,7 @@ restore; measured memory and time beside what the compiler planned. One page, an
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import platform
 import tempfile
@@ -67,24 +68,37 @@ def run(model: str, out: Path | None, recordings: Sequence[Path], replay: Callab
   with tempfile.TemporaryDirectory() as scratch:
     folder = Path(scratch) if out is None else out
     config = training_config(model)
-    for work in (
-      lambda: recorded(recordings, replay, "highest"),
-      lambda: recorded(recordings, replay, "bfloat16"),
-      lambda: kernel("float32"),
-      lambda: kernel("bfloat16"),
-      lambda: training(config, folder),
-      lambda: picture(model, folder),
+    # Training first: a device tells the most memory that was ever in use.
+    for name, work in (
+      ("training", lambda: training(config, folder)),
+      ("picture", lambda: picture(model, folder)),
+      ("recordings, float32", lambda: recorded(recordings, replay, "highest")),
+      ("recordings, bfloat16", lambda: recorded(recordings, replay, "bfloat16")),
+      ("attention kernel, float32", lambda: kernel("float32")),
+      ("attention kernel, bfloat16", lambda: kernel("bfloat16")),
     ):
-      for check in work():
+      for check in _tried(name, work):
         checks.append(check)
         say(line(check), flush=True)
-    result = {"ok": all(c.ok for c in checks), "machine": machine, "checks": [dataclasses.asdict(c) for c in checks]}
+    result = {"ok": all(c.ok for c in checks), "machine": machine, "model": model}
+    result["checks"] = [dataclasses.asdict(c) for c in checks]
     if out is not None and jax.process_index() == 0:
       write_atomically(out / "doctor.json", (json.dumps(result, indent=1) + "\n").encode())
       say(out / "doctor.json")
   if wrong := [check.name for check in checks if not check.ok]:
     raise CheckFailed(f"doctor: {', '.join(wrong)} did not hold")
   say("all is well")
+
+
+def _tried(name: str, work: Callable[[], list[Check]]) -> list[Check]:
+  """The checks of `work`, or why there are none: a visit is to find out what a driver or a compiler refuses, and the
+  rest is still to be looked at."""
+  try:
+    return work()
+  except (UserError, OSError):
+    raise
+  except Exception as error:
+    return [Check(name, False, {}, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")]
 
 
 def default_recordings() -> list[Path]:
@@ -101,13 +115,15 @@ def line(check: Check) -> str:
 
 
 def _machine() -> dict[str, Any]:
-  device = jax.devices()[0]
+  device = jax.local_devices()[0]
   return {
     "blip3o": __version__,
     "jax": jax.__version__,
     "python": platform.python_version(),
     "devices": f"{jax.device_count()} x {device.device_kind}",
+    "driver": " ".join(device.client.platform_version.split()),
     "hosts": jax.process_count(),
+    "date": datetime.date.today().isoformat(),
   }
 
 
@@ -220,7 +236,7 @@ def _beside_plan(compiled, config, program, batch, mesh, seconds: float) -> dict
   """What the compiler said of this very step, and what was measured, where the device tells."""
   figures = {"planned_MiB": cost.memory_of(compiled).peak / 2**20}
   with contextlib.suppress(Exception):  # not every device counts its memory
-    figures["peak_MiB"] = jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20
+    figures["peak_MiB"] = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**20
   parts = programs.training_parts(config, program.model.cfg, batch, set(program.state.trained))
   count = sum(parts.values()) * config.batch_size / mesh.size
   figures["Gflop_per_s_and_device"] = count / seconds / 1e9

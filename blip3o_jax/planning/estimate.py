@@ -5,7 +5,8 @@ training holds the weights of a layer, gathered from all chips, its widest activ
 and values of the prompt, and the inputs of the layers that a gradient goes through (with more by the remat policy). The
 factors were fitted to what the compiler said of the 8B and 4B (assets/plans); a test holds them to it.
 
-Times are bounds as in `cost`: operations, or bytes on the wires (weights gathered at every use, gradients summed).
+Times are as in `cost`: operations, those that remat repeats as well; bytes to and from HBM, of weights alone (gathered
+and read at every use); bytes on the wires (weights gathered at every use, gradients summed).
 """
 
 import dataclasses
@@ -37,10 +38,10 @@ _COPIES = {"v4": 2.2, "v5p": 2.9, "v6e": 3.2}
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """Bytes on a chip, by name, and seconds that a batch takes at least."""
+  """Bytes on a chip, by name, and seconds of a batch."""
 
   memory: dict[str, float]
-  seconds: float
+  times: cost.Bounds
 
   @property
   def peak(self) -> float:
@@ -67,9 +68,15 @@ def estimate(config: ConfigDict, where: Topology, job: str, found: list[Program]
   phases = {"train": shapes.training, "generate": shapes.drawing, "cache-features": lambda: [shapes.encoder()]}[job]()
   arguments = max(cost.device_bytes(p.arguments) for p in found)
   memory = {"arguments": arguments, "temporaries": max(phases), "code": _CODE[job]}
-  compute = sum(sum(p.flops.values()) for p in found) * config.batch_size / mesh.size / where.chip.flops
-  wires = shapes.sent(job) / where.chip.ici_bandwidth, shapes.sent_between_slices(job) / where.chip.dcn_bandwidth
-  return Estimate(memory, max(compute, *(seconds * parts for seconds in wires)))
+  repeated = shapes.remat == "full"
+  operations = sum(sum(p.flops.values()) + repeated * p.again for p in found) * config.batch_size / mesh.size
+  times = cost.Bounds(
+    compute=operations / where.chip.flops,
+    hbm=parts * shapes.read(job) / where.chip.hbm_bandwidth,
+    ici=parts * shapes.sent(job) / where.chip.ici_bandwidth,
+    dcn=parts * shapes.sent_between_slices(job) / where.chip.dcn_bandwidth,
+  )
+  return Estimate(memory, times)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +95,10 @@ class _Shapes:
     return flops.text_of(self.cfg.backbone)
 
   @property
+  def remat(self) -> str:
+    return self.config.remat or self.text.remat
+
+  @property
   def spent(self) -> float:
     return _SPENT.get(self.chip, 1.0)
 
@@ -97,7 +108,11 @@ class _Shapes:
 
   def weights(self, component: str, *, layer: bool) -> float:
     """One layer's weights, or those of all layers, gathered over fsdp in the compute dtype."""
-    if self.mesh.shape["fsdp"] == 1 or component not in self.params:
+    return self.whole(component, layer=layer) if self.mesh.shape["fsdp"] > 1 else 0.0
+
+  def whole(self, component: str, *, layer: bool) -> float:
+    """The same, gathered or not."""
+    if component not in self.params:
       return 0.0
     leaves = flatten_dict(self.params[component])
     stacked = [x for path, x in leaves.items() if "layers" in path and "vision" not in path]
@@ -132,8 +147,7 @@ class _Shapes:
     text, dit, q = self.text, self.cfg.dit, self.cfg.queries
     kept = self.memory_of_prompt()
     inputs = self.wide(q, text.layers * text.dim) + self.wide(math.prod(dit.grid), dit.layers * dit.dim)
-    remat = self.config.remat or text.remat
-    if remat != "full":  # the products of every layer as well
+    if self.remat != "full":  # the products of every layer as well
       inputs += self.wide(q, text.layers * (2 * text.mlp_dim + 3 * text.dim))
       inputs += self.wide(math.prod(dit.grid), dit.layers * (2 * dit.ffn_dim + 8 * dit.dim))
     gradients = 2 * self.gradients("train") / self.mesh.shape["fsdp"] / self.mesh.shape["tensor"]  # in float32
@@ -148,18 +162,27 @@ class _Shapes:
 
   def sent(self, job: str) -> float:
     """Bytes that a chip sends for one part of a batch: weights gathered at each use, gradients, sums over tensor."""
-    uses = {
-      "train": {"clip": 1, "backbone": 3, "dit": 4},
-      "generate": {"backbone": 2, "dit": self.config.sampling.get("steps", 30), "unet": 50},
-    }
-    uses = uses.get(job, {"clip": 1})
     fsdp, tensor = (1 - 1 / self.mesh.shape[axis] for axis in ("fsdp", "tensor"))
-    gathered = fsdp * sum(times * self.weights(name, layer=False) for name, times in uses.items())
+    gathered = fsdp * sum(times * self.weights(name, layer=False) for name, times in self.uses(job).items())
     gradients = self.gradients(job) / self.mesh.shape["fsdp"] / self.mesh.shape["tensor"]
     summed = 2 * (1 - 1 / self.mesh.shape["data"]) * gradients
     text, clip = self.text, self.cfg.clip
     streams = self.wide(self.length, 4 * text.layers * text.dim) + self.wide(clip.side**2, 4 * clip.layers * clip.width)
     return gathered + summed + tensor * streams
+
+  def read(self, job: str) -> float:
+    """Bytes to and from HBM of all weights for one part of a batch: read at each use, and written where gathered."""
+    ways = 1 if self.mesh.shape["fsdp"] == 1 else 2
+    return ways * sum(count * self.whole(name, layer=False) for name, count in self.uses(job).items())
+
+  def uses(self, job: str) -> dict[str, int]:
+    """How often the weights of a component are used."""
+    steps = {name: self.config.sampling.get(name, count) for name, count in (("steps", 30), ("decoder_steps", 50))}
+    return {
+      "train": {"clip": 1, "backbone": 3, "dit": 4},
+      "generate": {"backbone": 2, "dit": steps["steps"], "unet": steps["decoder_steps"]},
+      "cache-features": {"clip": 1},
+    }[job]
 
   def sent_between_slices(self, job: str) -> float:
     """The same to other slices: the gradients' sums, of which each chip of a slice has its part."""

@@ -215,8 +215,12 @@ def _names(text: str) -> list[str]:
 @functools.cache
 def _hbm(types: str) -> float:
   """Bytes of the arrays of a type that lie in HBM."""
-  arrays = re.findall(r"[a-z]+\d*\[[\d,]*\](?:\{[^}]*\})?", types)
-  return sum(_bytes(array, largest=False) for array in arrays if "S(" not in array)
+  return sum(_bytes(array, largest=False) for array in _arrays(types) if "S(" not in array)
+
+
+def _arrays(types: str) -> list[str]:
+  """The types of a tuple's arrays, however nested."""
+  return re.findall(r"[a-z]+\d*\[[\d,]*\](?:\{[^}]*\})?", types)
 
 
 def _sizes(instructions) -> dict[str, float]:
@@ -232,25 +236,25 @@ def _traffic(hit, sizes: dict[str, float], bodies) -> float:
   if opcode in _FREE or opcode.endswith("-done") or "AsyncCollective" in hit[5]:
     return 0.0
   operands, result = [sizes.get(name, 0.0) for name in _operands(hit)], sizes[hit[2]]
-  if opcode in _SLICES:
-    return 2 * result
+  if opcode.removesuffix("-start") in _SLICES:
+    part = _arrays(hit[3])[len(operands) if opcode.endswith("-start") else 0]  # a start names its operands first
+    return _hbm(part) + (_bytes(part, largest=False) if operands[0] else 0.0)
   if opcode == "dynamic-update-slice":
     return 2 * operands[1]
-  if opcode.endswith("-start"):  # the result names the operands, too
-    return 2 * sum(operands)
+  if opcode.endswith("-start") and opcode != "all-reduce-start":  # with its operands in its result
+    return result
   if opcode == "fusion":
-    return _fused(operands, result, bodies[_inner(hit.string)[0]])
+    return _fused(operands, result, _inner(hit.string)[0], bodies)
   return sum(operands) + result
 
 
-def _fused(operands: list[float], result: float, instructions) -> float:
+def _fused(operands: list[float], result: float, name: str, bodies) -> float:
   """A fusion that only slices an operand reads the slice; one that updates an operand in place writes the update.
 
   A collective that runs beside other work goes through several fusions, with its arrays among their operands and
   results: it counts where it starts.
   """
-  instructions = [hit for hit in instructions if hit]
-  sizes = {hit[2]: _hbm(hit[3]) or _bytes(hit[3], largest=False) for hit in instructions}
+  instructions = [hit for hit in bodies[name] if hit]
   custom = " ".join(hit[5] for hit in instructions if hit[4] == "custom-call")
   running = sum(_hbm(hit[3]) for hit in instructions if hit[4] in _KINDS.split("|"))
   if "AsyncCollectiveStart" in custom:
@@ -258,19 +262,36 @@ def _fused(operands: list[float], result: float, instructions) -> float:
   if "AsyncCollectiveDone" in custom:
     return 0.0
   total, result = 0.0, result - running
-  for hit in instructions:
-    if hit[4] != "parameter":
-      continue
-    users = [other for other in instructions if hit[2] in _operands(other)]
-    kinds = {other[4] for other in users}
-    whole = operands[int(hit[5].split(")")[0])]
+  for number, whole in enumerate(operands):
+    uses = _uses(name, number, bodies)
+    kinds = {opcode for opcode, _, _ in uses}
+    touched = min(whole, sum(size for _, _, size in uses))
     if kinds <= {"tuple", *_KINDS.split("|")}:  # passed on
       result -= whole if "tuple" in kinds else 0.0
     elif kinds <= _SLICES:
-      total += min(whole, sum(sizes[other[2]] for other in users))
-    elif kinds == {"dynamic-update-slice"} and all(_operands(other)[0] == hit[2] for other in users):
-      update = min(whole, sum(sizes.get(_operands(other)[1], 0) for other in users))
-      total, result = total + update, result - whole + update
+      total += touched
+    elif kinds == {"dynamic-update-slice"} and all(place == 0 for _, place, _ in uses):
+      total, result = total + touched, result - whole + touched
     else:
       total += whole
   return total + max(result, 0.0)
+
+
+def _uses(name: str, number: int, bodies) -> list[tuple[str, int, float]]:
+  """What a fusion does with its operand `number`, in the fusions within it and behind bitcasts as well: opcode
+  ("return" where it is the result), place among the operands, and bytes of the slice or the update."""
+  instructions = [hit for hit in bodies[name] if hit]
+  types = {hit[2]: hit[3] for hit in instructions}
+  aliases, found = set(), []
+  for hit in instructions:
+    opcode, operands = hit[4], _operands(hit)
+    part = types[operands[1]] if opcode == "dynamic-update-slice" else hit[3]
+    uses = [(opcode, place, float(_bytes(part, largest=False))) for place, x in enumerate(operands) if x in aliases]
+    if opcode == "fusion":
+      uses = [inside for _, place, _ in uses for inside in _uses(_inner(hit.string)[0], place, bodies)]
+    itself = opcode == "parameter" and int(hit[5].split(")")[0]) == number
+    if itself or {"bitcast", "return"} & {use[0] for use in uses}:
+      aliases.add(hit[2])
+      uses += [("return", 0, 0.0)] if hit[1] else []
+    found += [use for use in uses if use[0] != "bitcast" and (use[0] != "return" or hit[1])]
+  return found

@@ -1,10 +1,12 @@
 """`blip3o plan`: one page that says whether a job fits a slice and what bounds its speed, from the real compiler."""
 
 import dataclasses
+import datetime
 import json
 import math
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from blip3o_jax.errors import CheckFailed
@@ -105,10 +107,16 @@ def record(plan: Plan) -> dict[str, Any]:
     "bound_seconds": plan.seconds,
     "bound_images_per_second": plan.images_per_second,
     "advice": list(plan.advice),
-    "chip": {key: chip[key] for key in ("kind", "hbm", "flops", "hbm_bandwidth", "ici_bandwidth", "source")},
+    "chip": {key: value for key, value in chip.items() if key not in ("shapes", "options")},
     "programs": [dataclasses.asdict(c) | {"bound_by": c.bounds.by, "peak_bytes": c.memory.peak} for c in plan.costs],
     "note": CAVEAT,
+    "made": made(),
   }
+
+
+def made() -> dict[str, str]:
+  """By which compiler, and when: another one's figures differ."""
+  return {"jax": jax.__version__, "libtpu": topology.compiler(), "date": datetime.date.today().isoformat()}
 
 
 # ---- the page
@@ -117,7 +125,7 @@ def record(plan: Plan) -> dict[str, Any]:
 def page(plan: Plan) -> str:
   """The plan for people."""
   chip, mesh = plan.topology.chip, ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
-  chips = len(plan.topology.devices)
+  chips, by = len(plan.topology.devices), made()
   hosts = chips // math.prod(plan.mesh.values())
   mesh = (mesh or "of one") + (f" on each of {hosts} hosts" if hosts > 1 else "")
   lines = [
@@ -125,7 +133,7 @@ def page(plan: Plan) -> str:
     f"batch of {plan.images} images, {plan.images / chips:g} a chip; remat {plan.remat or 'as the preset says'}",
     f"chip: {_size(chip.hbm)} usable, {chip.flops / 1e12:g} Tflop/s bfloat16, HBM {_speed(chip.hbm_bandwidth)}, "
     f"ICI {_speed(chip.ici_bandwidth)} out, DCN {_speed(chip.dcn_bandwidth)}  ({chip.source})",
-    CAVEAT,
+    f"{CAVEAT} jax {by['jax']}, libtpu {by['libtpu']}, {by['date']}",
   ]
   for c in plan.costs:
     lines += ["", *_program(c, chip)]

@@ -41,6 +41,7 @@ class Program:
     name: for messages; lower: () -> jax.stages.Lowered; arguments: its abstract arguments, with shardings.
     parameters: {component: tree} of all weights that lie on the chips meanwhile.
     flops: operations an image, {part: count}, without what rematerialisation repeats.
+    again: operations an image that it repeats where it keeps no product (remat "full").
   """
 
   name: str
@@ -48,6 +49,7 @@ class Program:
   arguments: Any
   parameters: Params
   flops: dict[str, float]
+  again: float = 0.0
 
 
 def place_of(job: str, where: Topology) -> Topology:
@@ -101,7 +103,8 @@ def _train(config: ConfigDict, mesh: Mesh) -> list[Program]:
       return program.step.lower(*arguments)
 
   counts = training_parts(config, program.model.cfg, batch, set(program.state.trained))
-  return [Program("step", lower, arguments, program.params, counts)]
+  again = sum(one.flops for one in _passes(config, program.model.cfg, batch) if one.gradient)
+  return [Program("step", lower, arguments, program.params, counts, again)]
 
 
 def abstract_batch(config: ConfigDict, cfg: Blip3oConfig, mesh: Mesh) -> Batch:
@@ -136,14 +139,18 @@ def training_parts(config: ConfigDict, cfg: Blip3oConfig, batch: Batch, trained:
   Raises:
     UserError: the objective does not say through which parts it goes.
   """
-  objective = objectives.get(config.objective)
-  if not hasattr(objective, "passes"):
-    raise UserError(f"objective {config.objective!r} has no passes(), so its cost is not known")
   parts: dict[str, float] = {}
-  for one in objective.passes(cfg, jax.tree.map(lambda x: x.shape, batch), config.objective_args.to_dict()):
+  for one in _passes(config, cfg, batch):
     part = one.component if one.gradient else f"{one.component}, forward only"
     parts[part] = parts.get(part, 0.0) + training_flops([one], trained)
   return {part: count for part, count in parts.items() if count}
+
+
+def _passes(config: ConfigDict, cfg: Blip3oConfig, batch: Batch) -> list[flops.Pass]:
+  objective = objectives.get(config.objective)
+  if not hasattr(objective, "passes"):
+    raise UserError(f"objective {config.objective!r} has no passes(), so its cost is not known")
+  return list(objective.passes(cfg, jax.tree.map(lambda x: x.shape, batch), config.objective_args.to_dict()))
 
 
 # ---- inference

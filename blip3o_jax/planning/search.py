@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 
 from ml_collections import ConfigDict
 
@@ -20,7 +21,10 @@ MARGIN = 0.9  # of the memory: what the estimate may be off by
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-  """A setting and its estimate: bytes on a chip, images a second at most."""
+  """A setting and its estimate: bytes on a chip, images a second where nothing overlaps.
+
+  By what bounds them nearly all settings are alike, as arithmetic does: they differ in how much must hide behind it.
+  """
 
   config: ConfigDict
   words: str
@@ -29,7 +33,7 @@ class Candidate:
 
 
 def candidates(config: ConfigDict, where: Topology, job: str) -> list[Candidate]:
-  """Everything that may fit by estimate, the fastest first; of equally fast ones that with more room.
+  """Everything that may fit by estimate, the fastest first; of those within a hundredth that with more room.
 
   Meshes are data * fsdp * tensor = chips of a slice, in powers of two; a model's axes need not divide (what does not is
   whole on every chip). Remat matters to training alone.
@@ -57,8 +61,8 @@ def candidates(config: ConfigDict, where: Topology, job: str) -> list[Candidate]
       if guess.peak <= MARGIN * where.chip.hbm:
         sizes = f"data {mesh['data']}, fsdp {fsdp}, tensor {tensor}"
         words = f"{images:>3} a chip, {sizes}, remat {remat or 'as the preset says'}"
-        found.append(Candidate(new, words, guess.peak, new.batch_size / guess.seconds))
-  return sorted(found, key=lambda c: (-round(c.rate, 1), c.peak))
+        found.append(Candidate(new, words, guess.peak, new.batch_size / guess.times.total))
+  return sorted(found, key=lambda c: (-round(math.log(c.rate), 2), c.peak))
 
 
 def run(config: ConfigDict, name: str, *, slices: int = 1, job: str = "train", as_json: bool = False) -> None:
@@ -72,7 +76,7 @@ def run(config: ConfigDict, name: str, *, slices: int = 1, job: str = "train", a
   if not found:
     raise CheckFailed(f"nothing that was tried fits {name}, by estimate; take more chips, or chips with more memory")
   if not as_json:
-    print(f"{len(found)} settings fit {slices} x {name} by estimate; the best:")
+    print(f"{len(found)} settings fit {slices} x {name} by estimate; the best, as if nothing overlapped:")
     for c in found[:10]:
       print(f"  {c.words:<58} {c.peak / 2**30:6.2f} GiB  {c.rate:10,.1f} images/s")
     print(f"the best {min(COMPILED, len(found))}, compiled (bounds, not measured speeds):", flush=True)
@@ -86,8 +90,10 @@ def run(config: ConfigDict, name: str, *, slices: int = 1, job: str = "train", a
     print(
       json.dumps([{"setting": c.words.strip(), "estimate_bytes": c.peak} | plan.record(p) for c, p in plans], indent=2)
     )
-  elif any(p.fits for _, p in plans):
-    best, made = max(((c, p) for c, p in plans if p.fits), key=lambda cp: cp[1].images_per_second)
+  if not any(p.fits for _, p in plans):
+    raise CheckFailed(f"none of the best fits {name}, as compiled; take more chips, or chips with more memory")
+  if not as_json:  # of those that the same bounds the first is the best
+    best, made = max(((c, p) for c, p in plans if p.fits), key=lambda cp: round(cp[1].images_per_second, 1))
     mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in best.config.mesh.items())
     remat = f" --config.remat={best.config.remat}" if best.config.remat else ""
     print(f"the best: --config.batch_size={made.images} {mesh}{remat}")

@@ -6,7 +6,6 @@ same number of images a chip.
 """
 
 import dataclasses
-import datetime
 import hashlib
 import html
 import json
@@ -14,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from blip3o_jax.data.outputs import write_atomically
@@ -63,15 +61,15 @@ def run(directory: Path, configs: Path, only: Sequence[str] = ()) -> None:
   wanted = [cell for cell in cells() if not only or {cell, cell.split(":")[0]} & set(only)]
   if unknown := set(only) - {cell.split(":")[0] for cell in cells()} - set(cells()):
     raise UserError(f"{min(unknown)} is no cell; cells are ROW:CHIP:COUNT, such as {cells()[0]}")
-  versions = {"jax": jax.__version__, "libtpu": topology.compiler()}
-  today = datetime.date.today().isoformat()
+  by = plan.made()
   known = read(directory)
   for cell in wanted:
     config = cell_config(cell, configs)
     row, generation, chips = _parts(cell)
     name = f"{generation}:{SHAPES[generation][CHIPS.index(chips)]}"
     part, place = programs.of_a_process(config, topology.get(name), row.job)
-    program = versions | {"config": _stamp(part), "job": row.job, "topology": place.name}
+    program = {"jax": by["jax"], "libtpu": by["libtpu"], "counting": _COUNTING}
+    program |= {"config": _stamp(part), "job": row.job, "topology": place.name}
     same = {key: record for key, record in known.items() if program.items() <= record["made"].items()}
     if cell in same:
       continue
@@ -81,7 +79,8 @@ def run(directory: Path, configs: Path, only: Sequence[str] = ()) -> None:
       rate = config.batch_size / twin["bound_seconds"] if twin["fits"] else 0.0
       content = twin | {"topology": name, "images": config.batch_size, "bound_images_per_second": rate}
     else:
-      content = plan.record(plan.make(config, name, job=row.job, advise=False)) | {"made": program | {"date": today}}
+      content = plan.record(plan.make(config, name, job=row.job, advise=False))
+      content["made"] = program | {"date": by["date"]}
     known[cell] = content | {"cell": cell}
     path = directory / f"{cell.replace(':', '-')}.json"
     write_atomically(path, (json.dumps(known[cell], indent=1) + "\n").encode())
@@ -110,6 +109,7 @@ def _parts(cell: str) -> tuple[Row, str, int]:
   return next(row for row in ROWS if row.name == name), generation, int(chips)
 
 
+_COUNTING = 2  # of what planning.hlo reads in a program: one more makes every cell old
 # What a program depends on: another value makes a cell old.
 _COMPILED = ("objective", "objective_args", "model", "components", "trainable", "data", "optimizer", "ema_decay")
 _COMPILED += ("compute_dtype", "mesh", "remat", "batch_size", "accumulate", "sampling")
@@ -123,9 +123,11 @@ def _stamp(config) -> str:
 
 
 def cell_config(cell: str, configs: Path) -> ConfigDict:
-  """The experiment of a cell, with its batch."""
+  """The experiment of a cell, with its batch, and the encoder's weights whole on every chip, where they fit."""
   row, _, chips = _parts(cell)
-  return load_config(configs / row.config, [f"--config.batch_size={row.images * chips}", "--config.accumulate=1"])
+  words = [f"batch_size={row.images * chips}", "accumulate=1"]
+  words += ["mesh.data=-1", "mesh.fsdp=1"] * (row.job == "cache-features")
+  return load_config(configs / row.config, [f"--config.{word}" for word in words])
 
 
 # ---- what it shows

@@ -52,7 +52,21 @@ def test_one_wrong_check_is_told_at_the_end(monkeypatch, tmp_path, capsys):
   out = capsys.readouterr().out
   assert "FAIL b" in out and "ok   a" in out and "broken" in out
   result = json.loads((tmp_path / "doctor.json").read_text())
-  assert not result["ok"] and [c["ok"] for c in result["checks"]] == [True] * 4 + [False, True]
+  assert not result["ok"] and [c["ok"] for c in result["checks"]] == [False] + [True] * 5
+  assert {"date", "driver", "jax", "devices"} <= set(result["machine"]) and result["model"] == "micro"
+
+
+def test_a_check_that_breaks_is_told_and_the_rest_is_looked_at(monkeypatch, tmp_path, capsys):
+  def kernel(dtype):
+    raise RuntimeError("INTERNAL: no such\nkernel on this device")
+
+  for name in ("recorded", "training", "picture"):
+    monkeypatch.setattr(doctor, name, lambda *_: [doctor.Check("a", True, {})])
+  monkeypatch.setattr(doctor, "kernel", kernel)
+  with pytest.raises(CheckFailed, match="attention kernel, float32, attention kernel, bfloat16 did not hold"):
+    doctor.run("micro", tmp_path, [], verification.replay)
+  assert capsys.readouterr().out.count("RuntimeError: INTERNAL: no such kernel on this device") == 2
+  assert [c["ok"] for c in json.loads((tmp_path / "doctor.json").read_text())["checks"]] == [True] * 4 + [False] * 2
 
 
 @pytest.mark.slow

@@ -110,6 +110,75 @@ ENTRY %main (a: f32[10,100]) -> f32[10,100] {
   assert re.search("while", text) and hlo._turns(hlo._computations(text))["body"] == 10
 
 
+@pytest.mark.parametrize(
+  "start, moved",
+  [
+    # Into on-chip memory, which costs nothing: what is read.
+    ("(f32[8,100]{1,0:S(1)}, f32[8,100]{1,0}, u32[]{:S(2)}) copy-start(%a)", 3200),
+    ("(f32[8,100]{1,0}, f32[8,100]{1,0}, u32[]{:S(2)}) copy-start(%a)", 6400),
+    # Of a large operand a slice alone.
+    ("((f32[8,100]{1,0}), f32[1,100]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:1], [0:100]}", 400),
+    ("((f32[8,100]{1,0}), f32[1,100]{1,0}, s32[]{:S(2)}) slice-start(%a), slice={[0:1], [0:100]}", 800),
+    ("((f32[8,100]{1,0}, s32[], s32[]), f32[1,100]{1,0:S(1)}, s32[]) dynamic-slice-start(%a, %i, %i)", 400),
+    ("f32[1,100]{1,0:S(1)} dynamic-slice(%a, %i, %i), dynamic_slice_sizes={1,100}", 400),
+    ("(f32[8,100]{1,0}, f32[32,100]{1,0}) all-gather-start(%a), replica_groups={{0,1,2,3}}, dimensions={0}", 16000),
+    ("f32[8,100]{1,0} all-reduce-start(%a), replica_groups={{0,1,2,3}}, to_apply=%add", 6400),
+    ("(f32[8,100]{1,0}, f32[8,100]{1,0}, u32[], u32[]) collective-permute-start(%a)", 6408),
+  ],
+)
+def test_traffic_of_what_runs_beside_other_work(start, moved):
+  text = "ENTRY %main (a: f32[8,100], i: s32[]) -> f32[8,100] {\n  %a = f32[8,100]{1,0} parameter(0)\n"
+  text += f"  %i = s32[]{{:S(6)}} parameter(1)\n  %start = {start}\n"
+  text += "  ROOT %done = f32[8,100]{1,0} copy-done(%start)\n}\n"
+  assert hlo.hbm_bytes(text) == moved
+
+
+def test_traffic_of_fusions_within_fusions():
+  """A layer's weights are sliced out inside the fusion that multiplies, the result is stacked inside another."""
+  text = """HloModule m
+
+%slice (p: f32[64,10,20], i: s32[]) -> f32[10,20] {
+  %p = f32[64,10,20]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %layer = f32[1,10,20]{2,1,0} dynamic-slice(%p, %i, %i, %i), dynamic_slice_sizes={1,10,20}
+  ROOT %flat = f32[10,20]{1,0} bitcast(%layer)
+}
+
+%same (p.1: f32[5,10]) -> f32[5,10] {
+  %p.1 = f32[5,10]{1,0} parameter(0)
+  ROOT %as_it_is = f32[5,10]{1,0} bitcast(%p.1)
+}
+
+%multiply (p.2: f32[5,10], p.3: f32[64,10,20], i.1: s32[]) -> f32[5,20] {
+  %p.2 = f32[5,10]{1,0} parameter(0)
+  %x.1 = f32[5,10]{1,0} fusion(%p.2), kind=kLoop, calls=%same
+  %p.3 = f32[64,10,20]{2,1,0} parameter(1)
+  %i.1 = s32[] parameter(2)
+  %w.1 = f32[10,20]{1,0} fusion(%p.3, %i.1), kind=kLoop, calls=%slice
+  ROOT %product = f32[5,20]{1,0} dot(%x.1, %w.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%put (p.4: f32[64,5,20], p.5: f32[5,20], i.2: s32[]) -> f32[64,5,20] {
+  %p.4 = f32[64,5,20]{2,1,0} parameter(0)
+  %p.5 = f32[5,20]{1,0} parameter(1)
+  %i.2 = s32[] parameter(2)
+  %row = f32[1,5,20]{2,1,0} bitcast(%p.5)
+  ROOT %update = f32[64,5,20]{2,1,0} dynamic-update-slice(%p.4, %row, %i.2, %i.2, %i.2)
+}
+
+ENTRY %main (x: f32[5,10], w: f32[64,10,20], y: f32[64,5,20], n: s32[]) -> f32[64,5,20] {
+  %x = f32[5,10]{1,0} parameter(0)
+  %w = f32[64,10,20]{2,1,0} parameter(1)
+  %y = f32[64,5,20]{2,1,0} parameter(2)
+  %n = s32[]{:S(6)} parameter(3)
+  %z = f32[5,20]{1,0} fusion(%x, %w, %n), kind=kOutput, calls=%multiply
+  ROOT %out = f32[64,5,20]{2,1,0} fusion(%y, %z, %n), kind=kLoop, calls=%put
+}
+"""
+  layer, x, z = 10 * 20 * 4, 5 * 10 * 4, 5 * 20 * 4
+  assert hlo.hbm_bytes(text) == (x + layer + z) + (z + 2 * z)  # what is updated in place counts as read and written
+
+
 def test_sums_over_slices_go_by_the_hosts():
   """A mean over two slices: within each over the wires, then a quarter of it from every chip to the other slice."""
   pytest.importorskip("libtpu")
