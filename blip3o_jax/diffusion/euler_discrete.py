@@ -44,6 +44,8 @@ class EulerDiscreteConfig:
       "use_beta_sigmas": False,
       "final_sigmas_type": "zero",
       "rescale_betas_zero_snr": False,
+      "timestep_type": "discrete",
+      "trained_betas": None,
     }
     config = {"beta_schedule": "linear", "timestep_spacing": "linspace"} | config  # diffusers' silent defaults
     wrong = [f"{k}={config[k]!r}" for k, v in plain.items() if k in config and config[k] != v]

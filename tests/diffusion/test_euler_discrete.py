@@ -130,8 +130,9 @@ def test_noise_and_v_target_invert():
 
 def test_bad_requests():
   config = load_golden("sdxl_decoder").config["scheduler"]
-  with pytest.raises(UserError, match="timestep_spacing"):
-    EulerDiscreteConfig.from_reference(config | {"timestep_spacing": "trailing"})
+  for change in ({"timestep_spacing": "trailing"}, {"timestep_type": "continuous"}, {"trained_betas": [0.1, 0.2]}):
+    with pytest.raises(UserError, match=next(iter(change))):
+      EulerDiscreteConfig.from_reference(config | change)
   with pytest.raises(UserError, match="prediction"):
     EulerDiscreteConfig(prediction="sample")
   for steps in (0, 1000):
