@@ -174,7 +174,11 @@ def test_missing_config_is_told():
     quickstart.config_file("distillation")
 
 
-def test_what_to_try_next_are_commands_that_there_are():
+def test_what_to_try_next_are_commands_that_there_are(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  picture = tmp_path / "pictures/000-0.png"  # one command draws it, another asks about it
+  picture.parent.mkdir()
+  picture.touch()
   for _, command in quickstart.commands(Path("my runs/model")):
     program, *args = shlex.split(command)
     assert program == "blip3o" and make_parser().parse_args(args).model in ("my runs/model", Path("my runs/model"))

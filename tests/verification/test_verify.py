@@ -26,7 +26,11 @@ def test_there_are_recordings():
   assert {"siglip", "sana_decoder"} <= set(FOLDERS)
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+# Of components with several recordings, or with tests of their own that replay the whole of it.
+LONG = ("sdxl_decoder", "sana_decoder", "next_dit_gqa", "next_dit_patch2", "qwen2_5_vl_tied")
+
+
+@pytest.mark.parametrize("folder", [pytest.param(x, marks=[pytest.mark.slow] * (x in LONG)) for x in FOLDERS])
 def test_recording(folder, monkeypatch):
   calls = {}
   compare = Recording.compare
