@@ -124,6 +124,7 @@ def browser(tmp_path):
 def server(outside, tmp_path):
   """The real server as a process, and its address."""
   pytest.importorskip("gradio")
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, and so would the server
   words = [sys.executable, "-m", "blip3o_jax", "demo", "--model", "micro", "--port", "0"]
   with open(tmp_path / "stderr", "w") as errors:
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
