@@ -1,6 +1,10 @@
 """Errors that a user can mend (floor 0)."""
 
-from collections.abc import Sequence
+import contextlib
+import os
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -35,6 +39,32 @@ class Preempted(BaseException):
 
   Raised in a signal handler, anywhere at all: no `except Exception`, which is about something else, may catch it.
   """
+
+
+def told(error: Exception) -> str:
+  """A library's error as part of one line."""
+  return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+@contextlib.contextmanager
+def user_code(path: str | os.PathLike) -> Iterator[None]:
+  """Context in which whatever the user's file `path` raises becomes a UserError that names the line."""
+  try:
+    yield
+  except UserError:
+    raise
+  except SyntaxError as error:
+    raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+  except Exception as error:
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    raise UserError(f"{path} failed at {line.filename}:{line.lineno}: {type(error).__name__}: {error}") from error
+
+
+def require_plain(where: str, config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
+  """Raise UserError where a reference's config `where` sets an entry to another value than the only one known here."""
+  for key, value in plain.items():
+    if config.get(key, value) != value:
+      raise UserError(f"{where}: {key}={config[key]!r} is not supported; expected {value!r}")
 
 
 def out_of_memory(error: Exception) -> str | None:

@@ -10,7 +10,7 @@ import jax
 from blip3o_jax import benchmarks
 from blip3o_jax.benchmarks import parts, storage
 from blip3o_jax.benchmarks.torch import rivals
-from blip3o_jax.errors import CheckFailed
+from blip3o_jax.errors import CheckFailed, told
 
 CASES: dict[str, Callable[..., Iterator[benchmarks.Case]]] = parts.PARTS | storage.PARTS
 BARS = {"float32": 1e-3, "bfloat16": 1e-1}  # greatest rivals.difference from another implementation
@@ -58,10 +58,10 @@ def run(
         print(error, flush=True)
         figures["disagree"].append(str(error))
       gc.collect()
-      told = benchmarks.report(out, figures | (rivals.facts() if vs else {}))
+      record = benchmarks.report(out, figures | (rivals.facts() if vs else {}))
   if figures["disagree"]:
     raise CheckFailed("; ".join(figures["disagree"]))
-  return told
+  return record
 
 
 def _measured(case, against: Callable, rounds: int, top: dict, precision: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _others(case, against: Callable, precision: str) -> tuple[dict[str, Any], di
       apart[name] = rivals.difference(case, other, precision)
       others[name] = other
   except Exception as error:
-    broken[name] = rivals.why(error)
+    broken[name] = told(error)
   for name, found in apart.items():
     if not found <= BARS[precision]:
       raise CheckFailed(

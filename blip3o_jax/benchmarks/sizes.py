@@ -77,7 +77,8 @@ def weights(cfg: Blip3oConfig, components: Sequence[str], dtype: str, seed: int 
   numbers = rng.standard_normal((1 << 22) + 1, np.float32)
 
   def draw(path, leaf):
-    name, noise = path[-1].key, np.roll(numbers, rng.integers(numbers.size))[: leaf.size]
+    name, places = path[-1].key, np.arange(min(leaf.size, numbers.size)) - rng.integers(numbers.size)
+    noise = numbers.take(places, mode="wrap")
     if name == "kernel":
       fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim == 4 else leaf.shape[-2]  # a convolution's, or a matrix's
       noise *= np.float32(fan_in**-0.5)

@@ -38,7 +38,7 @@ from blip3o_jax.data import features, pipeline, tars
 from blip3o_jax.data.features import Manifest
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.data.tokenizer import Tokenizer, load_tokenizer
-from blip3o_jax.errors import CheckFailed
+from blip3o_jax.errors import CheckFailed, told
 from blip3o_jax.inference import encoding
 from blip3o_jax.models import flops
 from blip3o_jax.models.blip3o import Blip3o
@@ -229,7 +229,7 @@ def _running(others: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
       benchmarks.in_turn(1, other)
       able[name] = other
     except Exception as error:
-      broken[name] = rivals.why(error)
+      broken[name] = told(error)
   return able, broken
 
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require_plain
 from blip3o_jax.nn.attention import attention
 from blip3o_jax.nn.linear import Conv, Dense
 from blip3o_jax.nn.norms import GroupNorm
@@ -52,9 +52,7 @@ class AutoencoderKLConfig:
     """
     # diffusers' defaults where a file is silent
     config = {"in_channels": 3, "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 32} | config
-    for key, value in {"act_fn": "silu", "latents_mean": None, "latents_std": None}.items():
-      if config.get(key, value) != value:
-        raise UserError(f"VAE config.json: {key}={config[key]!r} is not supported; expected {value!r}")
+    require_plain("VAE config.json", config, {"act_fn": "silu", "latents_mean": None, "latents_std": None})
     return cls(
       in_channels=config["in_channels"],
       latent_channels=config["latent_channels"],

@@ -9,11 +9,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require_plain
 from blip3o_jax.nn.attention import attention
 from blip3o_jax.nn.linear import Dense
 from blip3o_jax.nn.norms import LayerNorm
 from blip3o_jax.nn.stack import scan_layers
+
+# Entries of `vision_cfg` that leave no mark on names and shapes: norms after the branches, positions that are learned.
+_PLAIN = {"postnorm": True, "rope": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,7 @@ class EvaClipConfig:
       UserError: another kind of EVA-CLIP.
     """
     vision = config["vision_cfg"]
-    _require_plain(vision)
+    require_plain("EVA-CLIP config", vision, _PLAIN)
     width = vision["width"]
     # int(), as the reference rounds: 1792 * 8.571428571428571 -> 15360. The tensor has the last word.
     mlp_dim = (shapes or {}).get("blocks.0.mlp.fc1.weight", (int(width * vision["mlp_ratio"]),))[0]
@@ -70,7 +73,7 @@ class EvaClipConfig:
     rows, width = shapes["pos_embed"][-2:]
     patch = shapes["patch_embed.proj.weight"][-1]
     vision = config.get("vision_cfg") or {}
-    _require_plain(vision)
+    require_plain("EVA-CLIP config", vision, _PLAIN)
     head_width = vision.get("head_width", 112)
     if width % head_width:
       raise UserError(
@@ -94,13 +97,6 @@ class EvaClipConfig:
       "vision_cfg": vision | {"head_width": head_width, "mlp_ratio": ratio},
       "gen_pooling": f"early_pool2d_{self.pool_stride}",
     }
-
-
-def _require_plain(vision: Mapping[str, Any]) -> None:
-  """That `vision_cfg` does not ask for what leaves no mark on names and shapes: norms before the branches, rotation."""
-  for key, value in {"postnorm": True, "rope": False}.items():
-    if vision.get(key, value) != value:
-      raise UserError(f"EVA-CLIP config: {key}={vision[key]!r} is not supported; expected {value!r}")
 
 
 def _stride(config: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require_plain
 from blip3o_jax.nn.attention import attention
 from blip3o_jax.nn.linear import Dense
 from blip3o_jax.nn.norms import LayerNorm
@@ -63,9 +63,7 @@ class SiglipConfig:
       "vision_use_head": True,
     }
     config = silent | dict(config.get("vision_config") or config)
-    for key, value in {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3}.items():
-      if config.get(key, value) != value:
-        raise UserError(f"SigLIP config.json: {key}={config[key]!r} is not supported; expected {value!r}")
+    require_plain("SigLIP config.json", config, {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3})
     return cls(
       image_size=config["image_size"],
       patch_size=config["patch_size"],

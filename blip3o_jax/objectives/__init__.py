@@ -19,21 +19,18 @@ It may also have
 A config names one of these, or a file of its own: `config.objective = "my_idea.py"` (notebooks/new_objective.ipynb).
 """
 
-import contextlib
 import importlib
 import importlib.util
 import inspect
-import os
-import traceback
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, user_code
 from blip3o_jax.models.blip3o import COMPONENTS
 
 NAMES = (
@@ -69,20 +66,6 @@ def get(name: str) -> types.ModuleType:
   if unknown := sorted(set(module.COMPONENTS) - set(COMPONENTS)):
     raise UserError(f"objective {name!r}: {unknown[0]!r} is no part of the model; there are {', '.join(COMPONENTS)}")
   return module
-
-
-@contextlib.contextmanager
-def user_code(path: str | os.PathLike) -> Iterator[None]:
-  """Context in which whatever the user's file `path` raises becomes a UserError that names the line."""
-  try:
-    yield
-  except UserError:
-    raise
-  except SyntaxError as error:
-    raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from error
-  except Exception as error:
-    line = traceback.extract_tb(error.__traceback__)[-1]
-    raise UserError(f"{path} failed at {line.filename}:{line.lineno}: {type(error).__name__}: {error}") from error
 
 
 def at_high_noise(losses: jax.Array, high: jax.Array) -> dict[str, jax.Array]:

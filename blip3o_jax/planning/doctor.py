@@ -22,7 +22,7 @@ import numpy as np
 from blip3o_jax import __version__
 from blip3o_jax.checkpoints.store import Store
 from blip3o_jax.data.outputs import encode_png, write_atomically
-from blip3o_jax.errors import CheckFailed, UserError
+from blip3o_jax.errors import CheckFailed, UserError, told
 from blip3o_jax.inference.model import load
 from blip3o_jax.nn import attention as attending
 from blip3o_jax.planning import cost, hlo, programs, topology
@@ -98,7 +98,7 @@ def _tried(name: str, work: Callable[[], list[Check]]) -> list[Check]:
   except (UserError, OSError):
     raise
   except Exception as error:
-    return [Check(name, False, {}, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")]
+    return [Check(name, False, {}, told(error))]
 
 
 def default_recordings() -> list[Path]:

@@ -68,8 +68,8 @@ def run(directory: Path, configs: Path, only: Sequence[str] = ()) -> None:
     row, generation, chips = _parts(cell)
     name = f"{generation}:{SHAPES[generation][CHIPS.index(chips)]}"
     part, place = programs.of_a_process(config, topology.get(name), row.job)
-    program = {"jax": by["jax"], "libtpu": by["libtpu"], "counting": _COUNTING}
-    program |= {"config": _stamp(part), "job": row.job, "topology": place.name}
+    made_of = {"counting": _COUNTING, "config": _stamp(part), "job": row.job, "topology": place.name}
+    program = {"jax": by["jax"], "libtpu": by["libtpu"], **made_of}
     same = {key: record for key, record in known.items() if program.items() <= record["made"].items()}
     if cell in same:
       continue

@@ -10,8 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from blip3o_jax.errors import UserError
-from blip3o_jax.objectives import user_code
+from blip3o_jax.errors import UserError, user_code
 from blip3o_jax.training.defaults import OPEN, complete
 
 _BOOLS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

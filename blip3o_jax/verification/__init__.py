@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import jax
 
-from blip3o_jax.errors import CheckFailed, UserError
-from blip3o_jax.verification.recording import MISFITS, Line, Recording, told
+from blip3o_jax.errors import CheckFailed, UserError, told
+from blip3o_jax.verification.recording import MISFITS, Line, Recording
 
 # Component, as fixture.json names it -> module of this package.
 _MODULES = {

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, told
 from blip3o_jax.models.blip3o import Blip3oConfig
 from blip3o_jax.porting import convert, rules, safetensors_io
 
@@ -207,11 +207,6 @@ class Recording:
     if not any(line.error is not None for line in self.lines):
       self.lines.append(Line("(recording)", "miss", note="nothing was compared"))
     return self.lines
-
-
-def told(error: Exception) -> str:
-  """A library's error as part of one line."""
-  return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def load_params(

@@ -104,11 +104,6 @@ def difference(case: Case, rival: Rival, precision: str = "float32") -> float:
   return max(size(_apart(ours[name], theirs[name])) / max(sizes[name], floor) for name in ours)
 
 
-def why(error: Exception) -> str:
-  """An error of theirs in one line."""
-  return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
 def _apart(ours: Any, theirs: Any) -> np.ndarray:
   """|ours - theirs|, infinite where they cannot be compared. Levels of pixels: less one, which rounding may cost."""
   ours, theirs = np.asarray(ours), np.asarray(theirs, np.float64)
