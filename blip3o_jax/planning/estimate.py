@@ -31,7 +31,7 @@ _FORWARD, _BACKWARD = 1.9, 6.3
 # Over so many chips the compiler cuts products into windows; over 4 and over 64 it does not.
 _WINDOWED = 8
 # How much memory the compiler spends on gathered weights and products to be faster, beside what it does for v4 and v5e.
-_SPENT = {"v5p": 1.15, "v6e": 0.87}
+_SPENT = {"v5p": 1.15, "v6e": 0.91}
 # How often the VAE's widest activations lie there at once, in float32, while it decodes.
 _COPIES = {"v4": 2.2, "v5p": 2.9, "v6e": 3.2}
 
