@@ -2,8 +2,6 @@
 
 Kernels never write the [L, S] logits to memory: Pallas' splash attention on a TPU, cuDNN's on a GPU in 16 bits. They
 are for sequences no shorter than a block of theirs; all else is plain XLA, of very long sequences some rows at a time.
-The platform is that of the mesh in context (`jax.set_mesh`), so that a program compiled ahead of time for a TPU on
-another machine is the one that runs there.
 """
 
 import functools
@@ -15,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
+
+from blip3o_jax.nn.target import target_platform
 
 Segments = tuple[jax.Array, jax.Array]  # int [B, L] of the queries and [B, S] of the keys
 
@@ -59,15 +59,6 @@ def attention(
   if q.shape[1] * k.shape[1] > _LONG:
     return _some_rows_at_a_time(q, k, v, mask, causal, segments, scale)
   return plain_attention(q, k, v, dense_mask(q, k, mask, causal, segments), scale=scale)
-
-
-def target_platform() -> str:
-  """ "tpu", "gpu" or "cpu": of the mesh in context if there is one, else of the default device."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is None:
-    return jax.default_backend()
-  # The name of the kind, since older versions of JAX do not tell the platform.
-  return "tpu" if device.device_kind.startswith("TPU") else "cpu" if device.device_kind == "cpu" else "gpu"
 
 
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, *, scale: float) -> jax.Array:

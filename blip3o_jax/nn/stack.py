@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.errors import UserError
-from blip3o_jax.nn.attention import target_platform
+from blip3o_jax.nn.target import target_platform
 from blip3o_jax.types import Params
 
 # What the backward pass finds saved and what it computes again, by name.
@@ -80,7 +80,7 @@ def rematted(block: type[nn.Module], remat: str) -> type[nn.Module]:
   return block if remat == "none" else nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
 
 
-def scan_layers(block: type[nn.Module], length: int, *, remat: str = "none", in_axes: Any = (), out_axes: Any = 0):
+def scan_layers(block: type[nn.Module], length: int, *, remat: str = "none", in_axes: Any = ()):
   """`block` scanned `length` times, parameters and sown intermediates stacked on axis 0 (logical name "layers").
 
   Args:
@@ -98,6 +98,5 @@ def scan_layers(block: type[nn.Module], length: int, *, remat: str = "none", in_
     length=length,
     unroll=length if _is_written_out(length, remat) else 1,
     in_axes=in_axes,
-    out_axes=out_axes,
     metadata_params={nn.PARTITION_NAME: "layers"},
   )

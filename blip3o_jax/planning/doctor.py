@@ -25,6 +25,7 @@ from blip3o_jax.data.outputs import encode_png, write_atomically
 from blip3o_jax.errors import CheckFailed, UserError, told
 from blip3o_jax.inference.model import load
 from blip3o_jax.nn import attention as attending
+from blip3o_jax.nn.target import target_platform
 from blip3o_jax.planning import cost, hlo, programs, topology
 from blip3o_jax.porting.locate import open_model
 from blip3o_jax.sharding.mesh import make_mesh
@@ -152,7 +153,7 @@ def recorded(directories: Sequence[Path], replay: Callable, precision: str) -> l
 def kernel(dtype: str) -> list[Check]:
   """The attention kernel and its gradient against plain attention: cuDNN's on a GPU, else that for TPUs, on a CPU under
   the interpreter."""
-  name, platform = f"attention kernel, {dtype}", attending.target_platform()
+  name, platform = f"attention kernel, {dtype}", target_platform()
   b, length, heads, size = (1, 256, 2, 32) if platform == "cpu" else (4, 1024, 8, 128)
   rng = np.random.default_rng(0)
   make = lambda n: jnp.asarray(rng.standard_normal((b, length, n, size)), dtype)

@@ -8,7 +8,8 @@ from helpers import relative_error
 from jax.sharding import AbstractMesh
 
 from blip3o_jax.nn import attention as module
-from blip3o_jax.nn.attention import attention, plain_attention, splash_attention, target_platform
+from blip3o_jax.nn.attention import attention, plain_attention, splash_attention
+from blip3o_jax.nn.target import target_platform
 
 
 def normal(*shape, seed=0):

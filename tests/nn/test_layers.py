@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers import relative_error
 
+from blip3o_jax.nn import linear
 from blip3o_jax.nn.attention import linear_attention
 from blip3o_jax.nn.linear import Conv, DepthwiseConv, UpsampleConv
 from blip3o_jax.nn.mlp import GLUMBConv
@@ -61,9 +62,11 @@ def test_depthwise_is_a_grouped_convolution(kernel_size, use_bias):
   assert relative_error(module.apply({"params": params}, x), expected + params.get("bias", 0)) < 1e-5
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("dtype, bar", [("float32", 1e-5), ("bfloat16", 2e-2)])
-def test_upsampling_convolution(dtype, bar):
+def test_upsampling_convolution(dtype, bar, platform, monkeypatch):
   """That of the pixels repeated, its gradients as well; and fewer operations."""
+  monkeypatch.setattr(linear, "target_platform", lambda: platform)
   x = jax.random.normal(jax.random.key(0), (2, 9, 7, 4))
   plain, quick = Conv(6, dtype=dtype), UpsampleConv(6, dtype=dtype)
   params = jax.tree.map(lambda leaf: leaf + 0.1, plain.init(jax.random.key(1), x))
@@ -79,6 +82,7 @@ def test_upsampling_convolution(dtype, bar):
     assert relative_error(got, want) < bar
   work = [jax.jit(f).lower(params, x).cost_analysis()["flops"] for f in (quick.apply, repeated)]
   assert work[0] < 0.75 * work[1]
+  assert ("lhs_dilation=(2, 2)" in str(jax.make_jaxpr(quick.apply)(params, x))) == (platform == "tpu")
 
 
 def test_upsampling_to_an_odd_size():
