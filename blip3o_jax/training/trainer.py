@@ -75,7 +75,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") 
   this, after sharding.distributed.start().
 
   Leaves in `workdir`: config.json, began.txt (when, in Unix seconds), parameters.txt, metrics.jsonl, checkpoints/, at
-  the end model/, and if asked for samples/ and profile/.
+  the end model/, on accelerators compiled/ (JAX's compilation cache), and if asked for samples/ and profile/.
 
   Args:
     config: fields of `training.defaults.default_config()`.
@@ -118,6 +118,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike, *, command: str = "") 
     except Exception as error:  # buckets fail in more ways than have names
       failure = UserError(f"{workdir} cannot be written ({error}); give another --workdir, or the right to write there")
   _require_shared(workdir, failure)
+  # What goes on after a pre-emption finds its program compiled. Not on CPUs, which differ in what they can execute.
+  if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", os.fspath(workdir / "compiled"))
 
   again = lambda words: say(f"WARNING: {words}; training goes on, and the next save tries again")
   with (

@@ -18,6 +18,7 @@ import pytest
 import toy
 from buckets import bucket
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 
 from blip3o_jax import objectives
 from blip3o_jax.errors import Preempted, UserError
@@ -73,6 +74,29 @@ def test_resume_is_exact_to_the_bit(whole, tmp_path, monkeypatch):
   assert toy.losses(tmp_path) == whole[0]
   ours = dict(np.load(result.model_dir / "params.npz"))
   assert all(np.array_equal(ours[name], whole[1][name]) for name in whole[1])
+
+
+def test_on_an_accelerator_compiled_programs_are_kept(tmp_path, monkeypatch):
+  """The CPU is called one here: what a pre-empted run goes on with is what it had compiled."""
+  settings = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 0}
+  before = {name: getattr(jax.config, name) for name in settings}
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  steps = lambda: sorted((file.name, file.stat().st_size) for file in (tmp_path / "compiled").glob("jit_step-*-cache"))
+  try:
+    for name, value in settings.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+      stop_at(patch, 3)
+      trainer.train(toy.config(), tmp_path)
+    kept = steps()
+    assert len(kept) == 1
+    trainer.train(toy.config(), tmp_path)
+    assert steps() == kept
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def test_a_loader_that_dies_of_the_same_signal_loses_nothing(whole, tmp_path, monkeypatch):
