@@ -24,6 +24,14 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+def pytest_configure(config):
+  """Tests wait for compilers far more than for programs: LLVM's optimisations take half of all their time, and what is
+  large in a program, its products and convolutions, is library code. The slow tests run what users run."""
+  flags = os.environ.get("XLA_FLAGS", "")
+  if not config.getoption("--slow") and "xla_backend_optimization_level" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0".strip()
+
+
 def pytest_unconfigure(config):
   if not hasattr(config, "workerinput") and "blip3o-tests-" in os.environ["JAX_COMPILATION_CACHE_DIR"]:
     shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
