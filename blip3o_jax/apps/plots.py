@@ -56,10 +56,10 @@ def log_ticks(low: float, high: float) -> list[float]:
   return linear_ticks(low, high)
 
 
-def linear_ticks(low: float, high: float, count: int = 4) -> list[float]:
-  """About `count` round numbers inside [low, high]."""
-  size = 10.0 ** math.floor(math.log10(max(high - low, 1e-12) / count))
-  size *= next(m for m in (1, 2, 5, 10) if (high - low) / (size * m) <= count)
+def linear_ticks(low: float, high: float) -> list[float]:
+  """About four round numbers inside [low, high]."""
+  size = 10.0 ** math.floor(math.log10(max(high - low, 1e-12) / 4))
+  size *= next(m for m in (1, 2, 5, 10) if (high - low) / (size * m) <= 4)
   return [n * size for n in range(math.ceil(low / size), math.floor(high / size) + 1)]
 
 
@@ -69,7 +69,7 @@ def _number(value: float) -> str:
   return f"{value:.3g}"
 
 
-def loss_svg(curve: Curve, points: int = 240) -> str:
+def loss_svg(curve: Curve) -> str:
   """An SVG element: the loss (faint) and its smoothed course (strong) over training steps, logarithmic loss axis."""
   smoothed = smooth(curve.losses)
   low, high = min(smoothed), max(smoothed)
@@ -81,7 +81,7 @@ def loss_svg(curve: Curve, points: int = 240) -> str:
   y = lambda loss: TOP + math.log(high / loss) / math.log(high / low) * (HEIGHT - TOP - BOTTOM)
 
   def path(losses: Sequence[float]) -> str:
-    stride = max(1, len(losses) // points)
+    stride = max(1, len(losses) // 240)
     keep = sorted({*range(0, len(losses), stride), len(losses) - 1})
     dots = (f"{x(curve.steps[i]):.1f},{min(max(y(losses[i]), TOP), HEIGHT - BOTTOM):.1f}" for i in keep)
     return "M" + "L".join(dots)

@@ -256,9 +256,9 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.nd
 # ---- captions
 
 
-def caption_of(scene: Scene, family: str, rng: random.Random, ground: bool | None = None) -> Caption:
-  """A true caption of `family` for a scene sampled for it; `ground`: name the background (None: in 4 of 10)."""
-  named = scene.ground if (rng.random() < 0.4 if ground is None else ground) else None
+def caption_of(scene: Scene, family: str, rng: random.Random) -> Caption:
+  """A true caption of `family` for a scene sampled for it, its background named in 4 of 10."""
+  named = scene.ground if rng.random() < 0.4 else None
   things = list(scene.things)
   rng.shuffle(things)
   relation = relation_of(*things) if family == "position" else None

@@ -41,9 +41,9 @@ def times_at(u: jax.Array, *, mode: str = "discrete", n: int = 1000, shift: floa
   raise UserError(f"flow matching: times {mode!r} are neither 'discrete' nor 'continuous'")
 
 
-def sample_times(rng: jax.Array, batch: int, *, mode: str = "discrete", n: int = 1000, shift: float = 1.0):
+def sample_times(rng: jax.Array, batch: int, *, mode: str = "discrete", shift: float = 1.0):
   """`times_at` of uniform random numbers: (sigma, t), float32 [batch] each, sigma in (0, 1]."""
-  return times_at(jax.random.uniform(rng, (batch,)), mode=mode, n=n, shift=shift)
+  return times_at(jax.random.uniform(rng, (batch,)), mode=mode, shift=shift)
 
 
 def interpolate(x1: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:

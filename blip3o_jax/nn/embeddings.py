@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def timestep_features(t: jax.Array, size: int, *, max_period: float = 10000.0) -> jax.Array:
+def timestep_features(t: jax.Array, size: int) -> jax.Array:
   """Sinusoids of a scalar, cosines first: t [...] -> float32 [..., size] (spec 2.2)."""
   half = size // 2
   # The exponent is rounded to float32 as in the reference, its exponential is exact: times reach 1000, so an error of
   # one unit in the last place would show.
-  exponent = np.float32(-np.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half)
+  exponent = np.float32(-np.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
   omega = np.exp(exponent.astype(np.float64)).astype(np.float32)
   angle = t.astype(jnp.float32)[..., None] * omega
   return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
