@@ -123,7 +123,8 @@ class UpsampleConv(Conv):
     # and has no fast path for what that gives (15 times slower).
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     y = jax.lax.conv_general_dilated(x, phases, (1, 1), "VALID", dimension_numbers=_NHWC)
-    # Every phase with zeros between its pixels, summed: on a CPU three times as fast as stacking them.
+    # Every phase with zeros between its pixels, summed, rather than stacked: 3.9 ms and not 11.6 of 2 x 128 x 128 x 64
+    # on two cores (but 0.32 and not 0.25 of 2 x 32 x 32 x 128).
     y, zero = y.reshape(b, h + 1, w + 1, 2, 2, -1), jnp.zeros((), y.dtype)
     place = lambda i, j: jax.lax.pad(
       y[:, i : i + h, j : j + w, i, j], zero, ((0, 0, 0), (i, 1 - i, 1), (j, 1 - j, 1), (0, 0, 0))
