@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from blip3o_jax.errors import UserError, require_plain
 from blip3o_jax.nn.attention import attention
 from blip3o_jax.nn.linear import Dense
+from blip3o_jax.nn.mlp import gelu
 from blip3o_jax.nn.norms import LayerNorm
 from blip3o_jax.nn.stack import scan_layers
 
@@ -124,7 +125,7 @@ class Block(nn.Module):
     y = Dense(cfg.width, ("heads", "embed"), name="proj", **kinds)(y)
     self.sow("intermediates", "attention", y)
     x = x + norm("norm1")(y)
-    y = nn.gelu(Dense(cfg.mlp_dim, ("embed", "mlp"), name="fc1", **kinds)(x), approximate=False)
+    y = gelu(Dense(cfg.mlp_dim, ("embed", "mlp"), name="fc1", **kinds)(x))
     x = x + norm("norm2")(Dense(cfg.width, ("mlp", "embed"), name="fc2", **kinds)(y))
     x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
     self.sow("intermediates", "block_out", x)

@@ -14,7 +14,7 @@ from blip3o_jax.nn import rope
 from blip3o_jax.nn.attention import attention
 from blip3o_jax.nn.embeddings import timestep_features
 from blip3o_jax.nn.linear import Dense, torch_uniform
-from blip3o_jax.nn.mlp import SwiGLU
+from blip3o_jax.nn.mlp import SwiGLU, gelu
 from blip3o_jax.nn.norms import LayerNorm, RMSNorm
 from blip3o_jax.nn.stack import scan_layers
 
@@ -282,7 +282,7 @@ class NextDiT(nn.Module):
 
   def _read(self, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Condition [B, L, E] -> its tokens for cross attention [B, L, D] and its part of the modulating vector [B, T]."""
-    y = self.condition_fc2(nn.gelu(self.condition_fc1(condition), approximate=True))
+    y = self.condition_fc2(gelu(self.condition_fc1(condition), approximate=True))
     y = nn.with_logical_constraint(y, ACTIVATION)
     self.sow("intermediates", "caption_proj", y)
     mean = jnp.mean(y.astype(jnp.float32), axis=1).astype(y.dtype)

@@ -15,7 +15,7 @@ from blip3o_jax.models.text_decoder import KVCache, TextDecoder, TextDecoderConf
 from blip3o_jax.nn import rope
 from blip3o_jax.nn.attention import attention
 from blip3o_jax.nn.linear import Dense
-from blip3o_jax.nn.mlp import SwiGLU
+from blip3o_jax.nn.mlp import SwiGLU, gelu
 from blip3o_jax.nn.norms import RMSNorm
 from blip3o_jax.nn.stack import scan_layers
 
@@ -180,7 +180,7 @@ class VisionTower(nn.Module):
     x = RMSNorm(cfg.norm_eps, name="merger_norm", **kinds)(x)
     x = x.reshape(b, count // cfg.merge_size**2, -1)
     x = Dense(x.shape[-1], ("embed", "mlp"), name="merger_fc1", **kinds)(x)
-    return Dense(cfg.out_dim, ("mlp", "embed"), name="merger_fc2", **kinds)(nn.gelu(x, approximate=False))
+    return Dense(cfg.out_dim, ("mlp", "embed"), name="merger_fc2", **kinds)(gelu(x))
 
 
 def place_image_features(embeddings: jax.Array, is_image: jax.Array, features: jax.Array) -> jax.Array:

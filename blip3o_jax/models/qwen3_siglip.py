@@ -15,6 +15,7 @@ from blip3o_jax.models.qwen2_5_vl import place_image_features
 from blip3o_jax.models.siglip import Siglip, SiglipConfig, normalize
 from blip3o_jax.models.text_decoder import KVCache, TextDecoder, TextDecoderConfig, TextOutput
 from blip3o_jax.nn.linear import Dense
+from blip3o_jax.nn.mlp import gelu
 
 # The branch names its tower by hub id alone; this is the config.json there (google/siglip2-so400m-patch16-512).
 _TOWER = {
@@ -76,7 +77,7 @@ class Projector(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    x = nn.gelu(Dense(self.dim, ("embed", "mlp"), name="fc1", **kinds)(x), approximate=False)
+    x = gelu(Dense(self.dim, ("embed", "mlp"), name="fc1", **kinds)(x))
     return Dense(self.dim, ("mlp", "embed"), name="fc2", **kinds)(x)
 
 

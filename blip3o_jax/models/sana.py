@@ -13,7 +13,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.nn.attention import attention, linear_attention
 from blip3o_jax.nn.embeddings import timestep_features
 from blip3o_jax.nn.linear import Conv, Dense
-from blip3o_jax.nn.mlp import GLUMBConv
+from blip3o_jax.nn.mlp import GLUMBConv, gelu
 from blip3o_jax.nn.norms import LayerNorm, RMSNorm
 from blip3o_jax.nn.stack import scan_layers
 
@@ -129,7 +129,7 @@ class Connector(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     cfg, kinds = self.cfg, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    x = nn.gelu(Dense(cfg.condition_dim, ("embed", "mlp"), name="fc1", **kinds)(x), approximate=True)
+    x = gelu(Dense(cfg.condition_dim, ("embed", "mlp"), name="fc1", **kinds)(x), approximate=True)
     x = Dense(cfg.condition_dim, ("mlp", "embed"), name="fc2", **kinds)(x)
     # The release starts the gain so that the condition is as large as the text encoder's was.
     return RMSNorm(cfg.connector_eps, scale_init=nn.initializers.constant(5.5**0.5), name="norm", **kinds)(x)
@@ -248,4 +248,4 @@ class Sana(nn.Module):
     if self.cfg.source_dim:
       condition = self.connector(condition)
       self.sow("intermediates", "connected", condition)
-    return self.caption_norm(self.caption_fc2(nn.gelu(self.caption_fc1(condition), approximate=True)))
+    return self.caption_norm(self.caption_fc2(gelu(self.caption_fc1(condition), approximate=True)))

@@ -14,6 +14,7 @@ import numpy as np
 from blip3o_jax.errors import require_plain
 from blip3o_jax.nn.attention import attention
 from blip3o_jax.nn.linear import Dense
+from blip3o_jax.nn.mlp import gelu
 from blip3o_jax.nn.norms import LayerNorm
 from blip3o_jax.nn.stack import scan_layers
 
@@ -128,7 +129,7 @@ class _Layers(nn.Module):
     return Dense(self.cfg.width, ("heads", "embed"), name="out", **self.kinds)(y)
 
   def mlp(self, x: jax.Array) -> jax.Array:
-    y = nn.gelu(Dense(self.cfg.mlp_dim, ("embed", "mlp"), name="fc1", **self.kinds)(x), approximate=True)
+    y = gelu(Dense(self.cfg.mlp_dim, ("embed", "mlp"), name="fc1", **self.kinds)(x), approximate=True)
     return Dense(self.cfg.width, ("mlp", "embed"), name="fc2", **self.kinds)(y)
 
 

@@ -13,6 +13,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.nn.attention import attention
 from blip3o_jax.nn.embeddings import grid_code, timestep_features
 from blip3o_jax.nn.linear import Conv, Dense, default_init
+from blip3o_jax.nn.mlp import gelu
 from blip3o_jax.nn.norms import GroupNorm, LayerNorm
 from blip3o_jax.nn.resnet import Downsample, ResnetBlock, Upsample
 from blip3o_jax.nn.stack import rematted, scan_layers
@@ -219,7 +220,7 @@ class TransformerLayer(nn.Module):
     x = x + attend("self_attention", False)(y, y)
     x = x + attend("cross_attention", self.cfg.tie_query_key_init)(norm("norm2"), context, keys_values)
     y, gate = jnp.split(Dense(8 * dim, ("embed", "mlp"), **types, name="mlp_in")(norm("norm3")), 2, axis=-1)
-    x = x + Dense(dim, ("mlp", "embed"), **types, name="mlp_out")(y * nn.gelu(gate, approximate=False))
+    x = x + Dense(dim, ("mlp", "embed"), **types, name="mlp_out")(y * gelu(gate))
     return nn.with_logical_constraint(x, TOKENS), None
 
 

@@ -109,7 +109,7 @@ def _parts(cell: str) -> tuple[Row, str, int]:
   return next(row for row in ROWS if row.name == name), generation, int(chips)
 
 
-_COUNTING = 2  # of what planning.hlo reads in a program: one more makes every cell old
+_COUNTING = 3  # of our programs, and of what planning.hlo reads in them: one more makes every cell old
 # What a program depends on: another value makes a cell old.
 _COMPILED = ("objective", "objective_args", "model", "components", "trainable", "data", "optimizer", "ema_decay")
 _COMPILED += ("compute_dtype", "mesh", "remat", "batch_size", "accumulate", "sampling")

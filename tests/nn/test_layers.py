@@ -5,13 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from helpers import relative_error
+from jax.sharding import AbstractMesh
 
 from blip3o_jax.nn import linear
 from blip3o_jax.nn.attention import linear_attention
-from blip3o_jax.nn.linear import Conv, DepthwiseConv, UpsampleConv
-from blip3o_jax.nn.mlp import GLUMBConv
+from blip3o_jax.nn.linear import Conv, Dense, DepthwiseConv, UpsampleConv
+from blip3o_jax.nn.mlp import GLUMBConv, gelu
 from blip3o_jax.nn.norms import RMSNorm
+from blip3o_jax.planning import hlo, topology
+from blip3o_jax.sharding import rules
 
 
 def normal(*shape, seed=0):
@@ -91,6 +95,66 @@ def test_upsampling_to_an_odd_size():
   params = random_params(layer, x)
   large = x.repeat(2, axis=1).repeat(2, axis=2)[:, :5]
   assert relative_error(layer.apply({"params": params}, x), Conv(6).apply({"params": params}, large)) < 1e-5
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_gelu(approximate):
+  x = np.linspace(-9, 9, 4001)
+  inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+  expected = 0.5 * x * (1 + (np.tanh(inner) if approximate else scipy.special.erf(x / np.sqrt(2))))
+  exact = gelu(jnp.asarray(x, jnp.float32), approximate=approximate)
+  assert np.abs(exact - expected).max() < 2e-6
+  short = jnp.asarray(x, jnp.bfloat16)
+  once = gelu(short.astype(jnp.float32), approximate=approximate).astype(jnp.bfloat16)
+  np.testing.assert_array_equal(gelu(short, approximate=approximate), once)
+
+
+@pytest.mark.parametrize(
+  "layer, shape, whole",
+  [
+    (Dense(16, ("embed", "mlp")), (4, 2, 8), "(None, UNCONSTRAINED)"),
+    (Dense(16, ("heads", "embed")), (4, 2, 8), "(UNCONSTRAINED, None)"),
+    (Dense(16, ("embed", "mlp")), (4, 1, 8), None),  # too few rows
+    (Dense(16, (None, "mlp")), (4, 2, 8), None),  # not cut over what shares the batch
+    (Conv(16), (4, 2, 2, 8), "(UNCONSTRAINED, UNCONSTRAINED, UNCONSTRAINED, None)"),
+    (Conv(16, axes=("conv_in", None)), (4, 2, 2, 8), None),
+    (UpsampleConv(16), (4, 2, 2, 8), "(UNCONSTRAINED, UNCONSTRAINED, UNCONSTRAINED, None)"),
+  ],
+)
+def test_kernels_are_gathered_from_where_they_are_only_stored(layer, shape, whole):
+  x = jnp.ones(shape)
+  params = nn.unbox(layer.init(jax.random.key(0), x))
+  for fsdp, expected in ((4, whole), (1, None)):
+    mesh = AbstractMesh((fsdp, 2), ("fsdp", "tensor"))
+    with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules(rules.RULES):
+      text = str(jax.make_jaxpr(layer.apply)(params, x))
+    assert text.count("sharding_constraint") == bool(expected), text
+    assert expected is None or expected in text, text
+
+
+def test_a_gathered_kernel_is_not_kept_for_the_gradient(capsys):
+  """They would be the whole weights of all layers. And no product is computed twice."""
+  layer, x = Dense(16), jnp.ones((32, 8))
+  params = nn.unbox(layer.init(jax.random.key(0), x))
+  wave = lambda params, x: jnp.sum(jnp.sin(layer.apply(params, x)))
+  with jax.sharding.use_abstract_mesh(AbstractMesh((4,), ("fsdp",))), nn.logical_axis_rules(rules.RULES):
+    jax.ad_checkpoint.print_saved_residuals(wave, params, x)
+    text = str(jax.make_jaxpr(jax.grad(wave, (0, 1)))(params, x))
+  kept = capsys.readouterr().out
+  assert "f32[8,16] from the argument params" in kept and "sharding_constraint" not in kept, kept
+  assert text.count("dot_general[") == 3 and text.count("sharding_constraint[") == 2, text  # none for the kernel's own
+
+
+def test_a_tpu_passes_no_pieces_of_a_kernel_around():
+  """Its own partitioner would multiply by a quarter of the inputs at a time."""
+  pytest.importorskip("libtpu")
+  mesh = topology.get("v5e:2x2").mesh({"fsdp": 4})
+  layer = Dense(4096, ("embed", "mlp"), dtype="bfloat16", param_dtype="bfloat16")
+  x = jax.ShapeDtypeStruct((8, 1024, 512), "bfloat16", sharding=rules.batch_sharding(mesh))
+  params = rules.placed(mesh, jax.eval_shape(layer.init, jax.random.key(0), x))
+  with jax.set_mesh(mesh), nn.logical_axis_rules(rules.RULES):
+    compiled = jax.jit(layer.apply, out_shardings=rules.batch_sharding(mesh)).lower(params, x).compile()
+  assert {(c.kind, c.size) for c in hlo.collectives(compiled.as_text(), mesh)} == {("all-gather", 2 * 512 * 4096)}
 
 
 def test_gated_convolution():
