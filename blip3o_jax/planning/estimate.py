@@ -28,12 +28,10 @@ _BF16, _F32 = 2, 4
 _CODE = {"train": 110 * 2**20, "generate": 320 * 2**20, "cache-features": 16 * 2**20}
 # While a layer's weights are used, those of the next one are gathered already; backwards there are gradients as well.
 _FORWARD, _BACKWARD = 1.9, 6.3
-# Over so many chips the compiler cuts products into windows; over 4 and over 64 it does not.
-_WINDOWED = 8
 # How much memory the compiler spends on gathered weights and products to be faster, beside what it does for v4 and v5e.
 _SPENT = {"v5p": 1.15, "v6e": 0.91}
 # How often the VAE's widest activations lie there at once, in float32, while it decodes.
-_COPIES = {"v4": 2.2, "v5p": 2.9, "v6e": 3.2}
+_COPIES = {"v4": 2.2, "v5e": 1.6, "v5p": 2.9, "v6e": 3.2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,22 +121,18 @@ class _Shapes:
     """Activations of `tokens` a sample, of these widths."""
     return _BF16 * self.rows * tokens * sum(widths)
 
-  def products(self, tokens: int, *widths: float) -> float:
-    """The same while they are computed: over eight chips part by part as weights arrive, into a space of their own."""
-    return self.wide(tokens, *widths) * (2 if self.mesh.shape["fsdp"] == _WINDOWED else 1)
-
   def memory_of_prompt(self) -> float:
     """Keys and values of the prompt in all layers."""
     return self.wide(self.length, 2 * self.text.layers * self.text.kv_heads * self.text.head_size)
 
   def encoder(self) -> float:
     clip = self.cfg.clip
-    used = _FORWARD * self.weights("clip", layer=True) + self.products(clip.side**2 + 1, clip.mlp_dim, 3 * clip.width)
+    used = _FORWARD * self.weights("clip", layer=True) + self.wide(clip.side**2 + 1, clip.mlp_dim, 3 * clip.width)
     return used * self.spent
 
   def prompt(self) -> float:
     text = self.text
-    used = _FORWARD * self.weights("backbone", layer=True) + self.products(self.length, 2 * text.mlp_dim, 2 * text.dim)
+    used = _FORWARD * self.weights("backbone", layer=True) + self.wide(self.length, 2 * text.mlp_dim, 2 * text.dim)
     # On v5e weights and activations are copied into another layout where a chip's rows are some tiles of 8 and a rest.
     rows = text.dim / self.mesh.shape["fsdp"]
     return used * (1.5 if self.chip == "v5e" and rows > 8 and rows % 8 else self.spent)
@@ -157,7 +151,7 @@ class _Shapes:
   def drawing(self) -> list[float]:
     vae, side = self.cfg.vae, self.cfg.image_size
     widest = vae.block_out_channels[min(1, len(vae.block_out_channels) - 1)]
-    picture = self.rows * (side // vae.patch_size) ** 2 * widest * _COPIES.get(self.chip, 4.2) * _F32
+    picture = self.rows * (side // vae.patch_size) ** 2 * widest * _COPIES[self.chip] * _F32
     return [self.prompt() + self.memory_of_prompt(), picture]
 
   def sent(self, job: str) -> float:
