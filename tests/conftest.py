@@ -1,5 +1,6 @@
 """Before any test imports jax: the CPU, full-precision matmuls, and the `--slow` switch."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from helpers import load_golden
 from blip3o_jax.cli import prepare_jax
 
 prepare_jax()  # what the commands compile, tests compile
+gc.set_threshold(50_000, 20, 100)  # tracing makes many objects that stay: looking them through took 4 % of the time
 
 # Recordings were made in float32; a back end that rounds matmul inputs to bf16 would miss every bar. Through the
 # environment as well, so that the processes tests start agree.

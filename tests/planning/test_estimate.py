@@ -1,5 +1,6 @@
 """The estimate against what the compiler said of the real sizes (the cells of the README's table)."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ from blip3o_jax.training.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = table.read(ROOT / "blip3o_jax" / "assets" / "plans")
+# Many cells are one program: that of other data, or of another number of hosts that do the same.
+PROGRAMS = {json.dumps(record["made"], sort_keys=True): cell for cell, record in sorted(KNOWN.items())}
 
 
-@pytest.mark.parametrize("cell", sorted(KNOWN))
+@pytest.mark.parametrize("cell", PROGRAMS.values())
 def test_memory_within_a_tenth_of_the_compilers(cell):
   pytest.importorskip("libtpu")
   config = table.cell_config(cell, ROOT / "configs")
