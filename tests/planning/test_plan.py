@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -182,12 +183,14 @@ def test_gradients_go_to_the_other_slice(tmp_path):
 
 @pytest.mark.slow
 def test_the_8b_compiles_for_a_pod():
-  """In 12 GiB. Four minutes are the aim on two quiet cores; as others may share them, twice that fails."""
+  """In 12 GiB. Four minutes are the aim on two quiet cores; as others may share them, it is this process's time on
+  them that is held, to one and a half times as much."""
   import resource
 
   pytest.importorskip("libtpu")
+  start = time.process_time()
   found = plan.make(load_config("configs/pretrain_8b.py"), "v5e:16x16")
-  assert found.fits and found.costs[0].compile_seconds < 480
+  assert found.fits and time.process_time() - start < 1.5 * 2 * 240
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 < 12
 
 
