@@ -184,13 +184,13 @@ def test_gradients_go_to_the_other_slice(tmp_path):
 @pytest.mark.slow
 def test_the_8b_compiles_for_a_pod():
   """In 12 GiB. Four minutes are the aim on two quiet cores; as others may share them, it is this process's time on
-  them that is held, to one and a half times as much."""
+  them that is held, to twice as much."""
   import resource
 
   pytest.importorskip("libtpu")
   start = time.process_time()
   found = plan.make(load_config("configs/pretrain_8b.py"), "v5e:16x16")
-  assert found.fits and time.process_time() - start < 1.5 * 2 * 240
+  assert found.fits and time.process_time() - start < 2 * 2 * 240
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 < 12
 
 
