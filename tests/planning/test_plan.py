@@ -183,14 +183,14 @@ def test_gradients_go_to_the_other_slice(tmp_path):
 
 @pytest.mark.slow
 def test_the_8b_compiles_for_a_pod():
-  """In 12 GiB. Four minutes are the aim on two quiet cores; as others may share them, it is this process's time on
-  them that is held, to twice as much."""
+  """In 12 GiB. Four minutes are the aim on two quiet cores, of which compiling keeps one and a half busy; as others may
+  share them, twice that fails: in the time that this process has of them, which others do not lengthen."""
   import resource
 
   pytest.importorskip("libtpu")
   start = time.process_time()
   found = plan.make(load_config("configs/pretrain_8b.py"), "v5e:16x16")
-  assert found.fits and time.process_time() - start < 2 * 2 * 240
+  assert found.fits and time.process_time() - start < 2 * 240 * 1.5
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 < 12
 
 
