@@ -67,19 +67,6 @@ make_environment() {
 ready || make_environment
 python="$PWD/.venv/bin/python"
 
-if ! compgen -G "/dev/nvidia[0-9]*" >/dev/null && ! compgen -G "/dev/accel*" >/dev/null &&
-  ! compgen -G "/dev/vfio/[0-9]*" >/dev/null; then
-  # The TPU compiler, which tests need, would look for a TPU at every start.
-  export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-  # On a CPU glibc gives the big temporaries of every step back to the system and faults them in again. Keeping them, in
-  # huge pages, took 40 % of the system time off a convolutional train step on two cores (mean of three runs), for 1.3 to
-  # 1.8 times the memory. With an accelerator the host allocates little.
-  if [[ -z "${GLIBC_TUNABLES:-}" ]]; then
-    keep=$((1 << 36))
-    export GLIBC_TUNABLES="glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=$keep:glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"
-  fi
-fi
-
 case "${1:-}" in
 "") exec "$python" -m blip3o_jax --help ;;
 test)

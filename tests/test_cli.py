@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -390,6 +391,28 @@ def test_convolutions_on_a_cpu_are_xlas_own_unless_the_user_decides(flags, print
   env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
   done = subprocess.run([sys.executable, "-c", _CONVOLUTION], env=env, capture_output=True, text=True)
   assert done.stdout.strip() == printed, done.stderr
+
+
+_TEMPORARY = """
+import resource
+from blip3o_jax.cli import prepare_jax
+prepare_jax()
+faults = []
+for _ in range(3):
+  faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+  b"x" * 2**26
+print(faults[2] - faults[1])
+"""
+
+
+@pytest.mark.parametrize(("tunables", "kept"), [(None, True), ("glibc.malloc.arena_max=2", False)])
+def test_memory_is_kept_on_a_cpu_unless_the_user_decides(tunables, kept):
+  if platform.libc_ver()[0] != "glibc":
+    pytest.skip("the options are glibc's")
+  env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | {"JAX_PLATFORMS": "cpu"}
+  env |= {"GLIBC_TUNABLES": tunables} if tunables else {}
+  done = subprocess.run([sys.executable, "-c", _TEMPORARY], env=env, capture_output=True, text=True, check=True)
+  assert (int(done.stdout) < 100) == kept, "faults of a temporary of 64 MiB that was there before"
 
 
 def test_data_in_one_process_each(tmp_path):
